@@ -1,0 +1,110 @@
+"""Backends: sets of op implementations for a device, ours and third parties' alike.
+
+Which backend serves a device is a table, changed only by :func:`use`. There is no fallback: a backend that lacks an op
+raises and names those that have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from aqnsim._errors import BackendError, unknown
+
+OPS = ("cast", "quantize", "perturb", "linear", "linear_backward")
+"""What a backend may implement; each name's meaning is its op's in :mod:`aqnsim.ops`."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Op implementations for devices of some types.
+
+    Attributes:
+        name: what :func:`use` takes.
+        devices: torch device types that the implementations accept.
+        ops: implementation by op name, a subset of :data:`OPS`.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    ops: Mapping[str, Callable[..., Any]]
+
+
+# Built-in backends are imported on first use: a name here costs nothing.
+_MODULES = {"cpu": "aqnsim.backends.cpu", "reference": "aqnsim.backends.reference"}
+_REGISTERED: dict[str, Backend] = {}
+_CHOSEN = {"cpu": "cpu"}
+
+
+def register(backend: Backend) -> Backend:
+    """Make a backend known under its name.
+
+    Raises:
+        BackendError: the name is taken, or an op is not one of :data:`OPS`.
+    """
+    if backend.name in _REGISTERED:
+        raise BackendError(f"backend {backend.name!r} is already registered")
+    for op in backend.ops:
+        if op not in OPS:
+            raise unknown("op", op, OPS)
+    _REGISTERED[backend.name] = backend
+    return backend
+
+
+def names() -> list[str]:
+    """All known backends."""
+    return sorted({*_MODULES, *_REGISTERED})
+
+
+def get(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        UnknownNameError: no such backend.
+    """
+    if name not in _REGISTERED:
+        if name not in _MODULES:
+            raise unknown("backend", name, names())
+        import_module(_MODULES[name])
+    return _REGISTERED[name]
+
+
+def use(name: str, device: str | None = None) -> None:
+    """Let backend ``name`` serve ``device`` (default: every device type that it declares).
+
+    Raises:
+        UnknownNameError: no such backend.
+        BackendError: the backend does not serve that device.
+    """
+    backend = get(name)
+    if device is not None and device not in backend.devices:
+        raise BackendError(f"backend {name!r} serves {', '.join(backend.devices)}, not {device!r}")
+    for d in backend.devices if device is None else (device,):
+        _CHOSEN[d] = name
+
+
+def chosen() -> dict[str, str]:
+    """Device type -> name of the backend that serves it."""
+    return dict(_CHOSEN)
+
+
+def resolve(op: str, device: str) -> Callable[..., Any]:
+    """The implementation of ``op`` on tensors of a device type.
+
+    Raises:
+        BackendError: no backend serves the device, or the one that does lacks the op.
+    """
+    if device not in _CHOSEN:
+        raise BackendError(
+            f"no backend serves device {device!r}; served: {', '.join(_CHOSEN)}; "
+            "choose one with aqnsim.use_backend(name)"
+        )
+    backend = get(_CHOSEN[device])
+    if op not in backend.ops:
+        having = [n for n in names() if op in get(n).ops and device in get(n).devices]
+        raise BackendError(
+            f"backend {backend.name!r} lacks {op!r} for {device}; available: {', '.join(having) or 'none'}"
+        )
+    return backend.ops[op]

@@ -1,0 +1,179 @@
+"""The ops: schemas, fake kernels and gradients under ``torch.ops.aqnsim``; the one call path to a backend.
+
+Each op is a pure function of its arguments: formats and errors are canonical texts, noise coordinates are integers
+and tensors. Gradients are registered once for all devices, straight-through: ``cast`` and ``perturb`` are the identity
+for autograd, and ``linear`` differentiates the GEMM of the cast operands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+
+from aqnsim import backends
+from aqnsim.receipts import STATS
+
+_LIB = Library("aqnsim", "DEF")
+
+_SCHEMAS = {
+    "cast": "(Tensor x, str format, int axis, str rounding, bool measure) -> (Tensor, Tensor)",
+    "quantize": "(Tensor x, str format, int axis) -> (Tensor, Tensor, Tensor)",
+    "perturb": (
+        "(Tensor y, str error, int key, Tensor step, Tensor? rows, ScalarType? dtype, bool measure)"
+        " -> (Tensor, Tensor)"
+    ),
+    "linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, str spec, bool cast_weight, int[] keys, Tensor step,"
+        " Tensor? rows, Tensor? receipt) -> (Tensor, Tensor)"
+    ),
+    "linear_backward": (
+        "(Tensor grad, Tensor x, Tensor weight, str spec, bool cast_weight, int[] keys, Tensor step,"
+        " Tensor? rows, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)"
+    ),
+    "record": "(Tensor(a!) totals, Tensor stats) -> ()",
+}
+for _name, _schema in _SCHEMAS.items():
+    _LIB.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# ---- kernels: whatever backend serves the device --------------------------------------------------------------------
+
+
+def _cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> Any:
+    return backends.resolve("cast", x.device.type)(x, fmt, axis, rounding, measure)
+
+
+def _quantize(x: Tensor, fmt: str, axis: int) -> Any:
+    return backends.resolve("quantize", x.device.type)(x, fmt, axis)
+
+
+def _perturb(y: Tensor, *args: Any) -> Any:
+    return backends.resolve("perturb", y.device.type)(y, *args)
+
+
+def _linear(x: Tensor, *args: Any) -> Any:
+    return backends.resolve("linear", x.device.type)(x, *args[:-1])  # the receipt is the backward's
+
+
+def _linear_backward(grad: Tensor, *args: Any) -> Any:
+    return backends.resolve("linear_backward", grad.device.type)(grad, *args)
+
+
+def _record(totals: Tensor, stats: Tensor) -> None:
+    totals.add_(stats)
+
+
+for _name, _kernel in {
+    "cast": _cast,
+    "quantize": _quantize,
+    "perturb": _perturb,
+    "linear": _linear,
+    "linear_backward": _linear_backward,
+    "record": _record,
+}.items():
+    _LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# ---- fake kernels: shapes and dtypes --------------------------------------------------------------------------------
+
+
+def _stats_like(x: Tensor, *rows: int) -> Tensor:
+    return x.new_empty((*rows, len(STATS)), dtype=torch.float64)
+
+
+def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+@register_fake("aqnsim::cast", lib=_LIB)
+def _(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[Tensor, Tensor]:
+    return _dense(x), _stats_like(x)
+
+
+@register_fake("aqnsim::quantize", lib=_LIB)
+def _(x: Tensor, fmt: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    from aqnsim.formats import BlockFormat, get
+
+    f, shape = get(fmt), list(x.shape) or [1]
+    if isinstance(f, BlockFormat):
+        shape[axis] = (shape[axis] + f.block - 1) // f.block
+    else:
+        shape = []
+    return (
+        _dense(x, torch.float32),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty((), dtype=torch.float32),
+    )
+
+
+@register_fake("aqnsim::perturb", lib=_LIB)
+def _(
+    y: Tensor, error: str, key: int, step: Tensor, rows: Tensor | None, dtype: Any, measure: bool
+) -> tuple[Tensor, Tensor]:
+    return _dense(y, dtype), _stats_like(y)
+
+
+@register_fake("aqnsim::linear", lib=_LIB)
+def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), _stats_like(x, 3)
+
+
+@register_fake("aqnsim::linear_backward", lib=_LIB)
+def _(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_input, need_weight = args[-2:]
+    return (
+        x.new_empty(x.shape if need_input else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+        _stats_like(grad, 2),
+    )
+
+
+@register_fake("aqnsim::record", lib=_LIB)
+def _(totals: Tensor, stats: Tensor) -> None:
+    return None
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def _straight_through(name: str, arguments: int) -> None:
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    def backward(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (grad.to(ctx.dtype), *[None] * (arguments - 1))
+
+    register_autograd(f"aqnsim::{name}", backward, setup_context=setup, lib=_LIB)
+
+
+_straight_through("cast", 5)
+_straight_through("perturb", 7)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, spec, cast_weight, keys, step, rows, receipt = inputs
+    ctx.has_bias = bias is not None
+    ctx.spec, ctx.cast_weight, ctx.keys = spec, cast_weight, keys
+    ctx.receipt = receipt  # only added to, never read by the gradient
+    # x is needed for the weight's gradient alone; its shape is enough otherwise
+    ctx.save_for_backward(x if weight.requires_grad else x[..., :0], weight, step, rows)
+
+
+def _linear_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, step, rows = ctx.saved_tensors
+    need_x, need_w, need_b = ctx.needs_input_grad[:3]
+    if not need_w:
+        x = grad.new_empty(1).expand(*grad.shape[:-1], weight.shape[1])  # a shape without storage
+    grad_x, grad_w, stats = torch.ops.aqnsim.linear_backward(
+        grad, x, weight, ctx.spec, ctx.cast_weight, ctx.keys, step, rows, need_x, need_w
+    )
+    if ctx.receipt is not None:
+        torch.ops.aqnsim.record(ctx.receipt[3:5], stats)
+    grad_b = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and need_b else None
+    return (grad_x if need_x else None, grad_w if need_w else None, grad_b, *[None] * 6)
+
+
+register_autograd("aqnsim::linear", _linear_grad, setup_context=_linear_setup, lib=_LIB)

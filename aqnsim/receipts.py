@@ -1,0 +1,151 @@
+"""Receipts: what really happened at each site, requested beside realised.
+
+Every op returns what it measured of its own effect as a vector of :data:`STATS`; an :class:`~aqnsim.emulation.Emulation`
+adds the vectors up by site, phase and stream. Nothing here synchronises a device until a receipt is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+STATS = (
+    "calls",
+    "count",
+    "changed",
+    "error2",
+    "reference2",
+    "injected2",
+    "injected_n",
+    "saturated",
+    "nonfinite",
+)
+"""What an op measures; see ``Stats`` in ``csrc/cpu/kernels.h``."""
+
+PHASES = ("attach", "rollout", "train", "eval", "reference")
+"""When: ``attach`` is the one cast of frozen weights; the others are what a trainer does."""
+
+STREAMS = ("weight", "input", "output", "grad-input", "grad-weight", "aqn")
+"""Which tensor of a site."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What happened to one tensor of one site in one phase.
+
+    Attributes:
+        site: the op's place in the model.
+        role: last part of the site's name.
+        phase: one of :data:`PHASES`.
+        stream: one of :data:`STREAMS`.
+        requested: the format or the error model, as text.
+        calls: how often the op ran.
+        elements: values that went through.
+        changed: share of stored values that differ from what they would have been.
+        realised_sigma: for errors, the root mean square of what was injected, relative to ``|y|`` for relative
+            errors; measured before the output is rounded. None for formats.
+        sqnr_db: signal to noise of what was stored, in dB; inf when nothing changed.
+        saturated: share of values beyond the element format's range.
+        nonfinite: count of NaN and Inf values that came out.
+    """
+
+    site: str
+    role: str
+    phase: str
+    stream: str
+    requested: str
+    calls: int
+    elements: int
+    changed: float
+    realised_sigma: float | None
+    sqnr_db: float | None
+    saturated: float
+    nonfinite: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; an infinite SQNR is None, as JSON has no infinity."""
+        d = dataclasses.asdict(self)
+        if self.sqnr_db is not None and not math.isfinite(self.sqnr_db):
+            d["sqnr_db"] = None
+        return d
+
+
+def from_stats(
+    stats: Sequence[float], *, site: str, role: str, phase: str, stream: str, requested: str
+) -> Receipt:
+    """A receipt from a vector of :data:`STATS`."""
+    s = dict(zip(STATS, stats, strict=True))
+    count = s["count"]
+    sigma = math.sqrt(s["injected2"] / s["injected_n"]) if s["injected_n"] else None
+    sqnr = None
+    if count:
+        sqnr = (
+            10 * math.log10(s["reference2"] / s["error2"])
+            if s["error2"] and s["reference2"]
+            else math.inf
+        )
+    return Receipt(
+        site=site,
+        role=role,
+        phase=phase,
+        stream=stream,
+        requested=requested,
+        calls=int(s["calls"]),
+        elements=int(count),
+        changed=s["changed"] / count if count else 0.0,
+        realised_sigma=sigma,
+        sqnr_db=sqnr,
+        saturated=s["saturated"] / count if count else 0.0,
+        nonfinite=int(s["nonfinite"]),
+    )
+
+
+def table(receipts: Sequence[Receipt]) -> str:
+    """Receipts summed over sites, one line for each role, phase, stream and request.
+
+    Shares and sigmas are averages weighted by elements; the SQNR column is the worst site's.
+    """
+    header = (
+        "role", "phase", "stream", "requested", "sites", "calls", "elements", "changed", "sigma", "SQNR dB",
+        "saturated", "non-finite",
+    )  # fmt: skip
+    groups: dict[tuple[str, str, str, str], list[Receipt]] = {}
+    for r in receipts:
+        groups.setdefault((r.role, r.phase, r.stream, r.requested), []).append(r)
+    rows = [header]
+    for key, group in groups.items():
+        total = sum(r.elements for r in group)
+        sigmas = [r.realised_sigma for r in group if r.realised_sigma is not None]
+        sqnrs = [r.sqnr_db for r in group if r.sqnr_db is not None]
+
+        def mean(
+            values: Sequence[float], group: list[Receipt] = group, total: int = total
+        ) -> float:
+            return (
+                sum(v * r.elements for v, r in zip(values, group, strict=True)) / total
+                if total
+                else 0.0
+            )
+
+        rows.append(
+            (
+                *key,
+                str(len(group)),
+                str(sum(r.calls for r in group)),
+                str(total),
+                f"{mean([r.changed for r in group]):.1%}" if total else "-",
+                f"{math.sqrt(sum(s * s for s in sigmas) / len(sigmas)):.6g}" if sigmas else "-",
+                f"{min(sqnrs):.2f}" if sqnrs else "-",
+                f"{mean([r.saturated for r in group]):.2%}" if total else "-",
+                str(sum(r.nonfinite for r in group)),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

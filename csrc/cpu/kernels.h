@@ -1,0 +1,67 @@
+// The CPU kernels' interface: raw pointers, sizes and a thread count; no torch.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/block.h"
+#include "../core/error.h"
+
+namespace aqn::cpu {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1 };
+
+// What a kernel measured of its own effect. Sums are made per fixed chunk and added in chunk order, so that they do not
+// depend on the number of threads.
+struct Stats {
+  double count = 0;       // elements
+  double changed = 0;     // elements whose stored value differs from the stored input
+  double error2 = 0;      // sum of (stored output - stored input)^2
+  double reference2 = 0;  // sum of (input)^2
+  double injected2 = 0;   // perturb: sum of ((y' - y) / |y|)^2, or of (y' - y)^2, before the output is rounded
+  double injected_n = 0;  // elements in injected2
+  double saturated = 0;   // cast: elements that came out at the element format's largest magnitude from beyond it
+  double nonfinite = 0;   // elements that came out NaN or Inf
+};
+
+// A contiguous tensor seen as [outer, n, inner]; blocks run along n.
+struct CastArgs {
+  const void* x;
+  void* y;
+  float* scales;  // optional: one per block, [outer, ceil(n / block), inner]
+  Dtype dtype;
+  int64_t outer, n, inner;
+  int64_t block;  // elements that share a scale (ignored for Scale::kNone)
+  Element element;
+  Scale scale;
+  int emax;           // exponent of the element format's largest binade
+  float tensor_amax;  // Scale::kE4M3TwoLevel only
+  bool unscaled;      // store the elements q instead of the values q * scale
+  int threads;
+};
+
+// A contiguous [rows, columns] tensor; word j of an element's Philox block is column % 4.
+struct PerturbArgs {
+  const void* y;
+  void* out;
+  Dtype in_dtype, out_dtype;
+  int64_t rows, columns;
+  const int64_t* row_ids;  // optional: logical row of each row; default 0, 1, 2, ...
+  uint64_t key;
+  uint32_t step;
+  ErrorKind kind;
+  float sigma;
+  int threads;
+};
+
+// One table for each instruction set that kernels.cpp is compiled for.
+struct Kernels {
+  const char* isa;
+  Stats (*cast)(const CastArgs&, bool measure);
+  Stats (*perturb)(const PerturbArgs&, bool measure);
+  float (*amax)(const void* x, Dtype, int64_t n, int threads);
+  void (*normal)(float* out, int64_t rows, int64_t columns, uint64_t key, uint32_t step);
+};
+
+const Kernels& kernels();  // the best table that this processor can run
+
+}  // namespace aqn::cpu
