@@ -39,7 +39,7 @@ def _geometric(start: float, end: float, index: int, last: int) -> float:
     return start if last == 0 else start * (end / start) ** (index / last)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Schedule:
     """Sigma as a function of the step."""
 
@@ -60,7 +60,7 @@ class Schedule:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Constant(Schedule):
     """The same sigma at every step."""
 
@@ -75,7 +75,7 @@ class Constant(Schedule):
         return self.value
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KStage(Schedule):
     """QeRL's staircase: ``stages`` equal intervals, the first without noise, the others geometric.
 
@@ -107,7 +107,7 @@ class KStage(Schedule):
         return _geometric(self.sigma_start, self.sigma_end, min(j - 1, last), last)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EpochAware(Schedule):
     """A staircase inside each epoch, the epochs' boundaries geometric.
 
@@ -164,7 +164,7 @@ def layer_of(site: str) -> int | None:
     return int(match[1]) if match else None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AQN:
     """What noise, where and when.
 

@@ -16,7 +16,7 @@ import re
 import struct
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from aqnsim._errors import ConfigError, unknown
 
@@ -59,6 +59,8 @@ class Format:
             )
         if not 0 < self.max < math.inf:
             raise ConfigError(f"format {self.name!r}: max must be positive, got {self.max}")
+        if self.overflow not in get_args(Overflow):
+            raise unknown("overflow", self.overflow, get_args(Overflow))
 
     @property
     def bits(self) -> int:
@@ -140,6 +142,12 @@ class BlockFormat:
     def __post_init__(self) -> None:
         if not 1 <= self.block <= 256:
             raise ConfigError(f"format {self.name!r}: block must be 1..256, got {self.block}")
+        if self.scale not in get_args(ScaleRule):
+            raise unknown("scale rule", self.scale, get_args(ScaleRule))
+        if self.scale == "e4m3-two-level" and self.element.max != 6.0:
+            raise ConfigError(
+                f"format {self.name!r}: e4m3-two-level is defined for elements up to 6 (FP4 E2M1), got {self.element.name}"
+            )
 
     @property
     def bits(self) -> float:

