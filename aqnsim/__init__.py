@@ -75,9 +75,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(
-            f"module 'aqnsim' has no attribute {name!r}{did_you_mean(name, __all__)}"
-        )
+        raise AttributeError(f"module 'aqnsim' has no attribute {name!r}{did_you_mean(name, __all__)}")
     module, attribute = _LAZY[name]
     value = import_module(module)
     if attribute is not None:

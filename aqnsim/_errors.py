@@ -39,6 +39,4 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 def unknown(what: str, name: object, known: Iterable[str]) -> UnknownNameError:
     """Build the error for an unknown ``name`` of a kind of thing ``what``."""
     names = sorted(known)
-    return UnknownNameError(
-        f"unknown {what} {name!r}{did_you_mean(str(name), names)}; known: {', '.join(names)}"
-    )
+    return UnknownNameError(f"unknown {what} {name!r}{did_you_mean(str(name), names)}; known: {', '.join(names)}")

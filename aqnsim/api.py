@@ -20,9 +20,7 @@ def _check_tensor(x: Tensor, what: str) -> None:
     if not isinstance(x, Tensor):
         raise ConfigError(f"{what}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _DTYPES:
-        raise ConfigError(
-            f"{what}: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first"
-        )
+        raise ConfigError(f"{what}: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
 
 
 def _check_axis(x: Tensor, axis: int) -> int:
@@ -88,9 +86,7 @@ def perturb(y: Tensor, error: ErrorModel, key: NoiseKey, rows: Tensor | None = N
     """
     _check_tensor(y, "perturb")
     if not isinstance(error, ErrorModel):
-        raise ConfigError(
-            f"perturb: expected an error model such as RelativeGaussian(0.05), got {error!r}"
-        )
+        raise ConfigError(f"perturb: expected an error model such as RelativeGaussian(0.05), got {error!r}")
     if not isinstance(key, NoiseKey):
         raise ConfigError(f"perturb: expected a NoiseKey, got {key!r}")
     step = torch.tensor(key.step)
@@ -180,13 +176,9 @@ def quantize(x: Tensor, format: str | AnyFormat, axis: int = -1) -> Quantized:
     fmt, axis = get(format), _check_axis(x, axis)
     element = element_of(fmt)
     if element.bits > 8:
-        raise ConfigError(
-            f"quantize: {fmt.name} has {element.bits}-bit codes; expected a format of at most 8 bits"
-        )
+        raise ConfigError(f"quantize: {fmt.name} has {element.bits}-bit codes; expected a format of at most 8 bits")
     if not isinstance(fmt, BlockFormat) and not bool(x.isfinite().all()):
-        raise ConfigError(
-            f"quantize: {fmt.name} cannot store the NaN or Inf values of the input; remove them first"
-        )
+        raise ConfigError(f"quantize: {fmt.name} cannot store the NaN or Inf values of the input; remove them first")
     elements, scales, tensor_scale = torch.ops.aqnsim.quantize(x.detach(), fmt.name, axis)
     codes = _encode(elements, element)
     if element.bits == 4:

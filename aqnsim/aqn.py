@@ -25,9 +25,7 @@ def _check_decay(name: str, start: float, end: float) -> None:
         if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma > 0):
             raise ConfigError(f"{name}: {label} must be a finite number > 0, got {sigma!r}")
     if end > start:
-        raise ConfigError(
-            f"{name}: sigma_end ({end}) must not exceed sigma_start ({start}): AQN decays"
-        )
+        raise ConfigError(f"{name}: sigma_end ({end}) must not exceed sigma_start ({start}): AQN decays")
 
 
 def _check_position(step: int, total: int) -> None:
@@ -196,9 +194,7 @@ class AQN:
                 raise unknown("phase", phase, PHASES)
         for layer, m in [*self.multipliers.items(), ("default", self.default_multiplier)]:
             if not (math.isfinite(m) and m >= 0):
-                raise ConfigError(
-                    f"AQN: the multiplier of layer {layer} must be finite and >= 0, got {m!r}"
-                )
+                raise ConfigError(f"AQN: the multiplier of layer {layer} must be finite and >= 0, got {m!r}")
 
     def multiplier(self, site: str) -> float:
         """The factor on sigma for a site."""

@@ -72,9 +72,7 @@ class ErrorModel:
 
 def _check_sigma(model: object, sigma: float) -> None:
     if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma >= 0):
-        raise ConfigError(
-            f"{type(model).__name__}: sigma must be a finite number >= 0, got {sigma!r}"
-        )
+        raise ConfigError(f"{type(model).__name__}: sigma must be a finite number >= 0, got {sigma!r}")
 
 
 @_register("relative-gaussian")
@@ -115,9 +113,7 @@ def parse(text: str) -> ErrorModel:
         ConfigError: the text is not ``kind(field=number, ...)``, or a field is missing or unknown.
         UnknownNameError: no such kind.
     """
-    expected = (
-        f"error model {text!r}: expected kind(field=number, ...), such as {RelativeGaussian(0.05)}"
-    )
+    expected = f"error model {text!r}: expected kind(field=number, ...), such as {RelativeGaussian(0.05)}"
     kind, paren, rest = text.partition("(")
     if not paren or not rest.endswith(")"):
         raise ConfigError(expected)

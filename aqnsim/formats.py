@@ -163,21 +163,11 @@ _IEEE = "IEEE 754-2019"
 
 
 def _build() -> dict[str, AnyFormat]:
-    e2m1 = Format(
-        name="fp4_e2m1", exponent_bits=2, mantissa_bits=1, bias=1, max=6.0, source=_OCP_MX
-    )
-    e2m3 = Format(
-        name="fp6_e2m3", exponent_bits=2, mantissa_bits=3, bias=1, max=7.5, source=_OCP_MX
-    )
-    e3m2 = Format(
-        name="fp6_e3m2", exponent_bits=3, mantissa_bits=2, bias=3, max=28.0, source=_OCP_MX
-    )
-    e4m3 = Format(
-        name="fp8_e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, source=_OCP_FP8
-    )
-    e5m2 = Format(
-        name="fp8_e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, source=_OCP_FP8
-    )
+    e2m1 = Format(name="fp4_e2m1", exponent_bits=2, mantissa_bits=1, bias=1, max=6.0, source=_OCP_MX)
+    e2m3 = Format(name="fp6_e2m3", exponent_bits=2, mantissa_bits=3, bias=1, max=7.5, source=_OCP_MX)
+    e3m2 = Format(name="fp6_e3m2", exponent_bits=3, mantissa_bits=2, bias=3, max=28.0, source=_OCP_MX)
+    e4m3 = Format(name="fp8_e4m3", exponent_bits=4, mantissa_bits=3, bias=7, max=448.0, source=_OCP_FP8)
+    e5m2 = Format(name="fp8_e5m2", exponent_bits=5, mantissa_bits=2, bias=15, max=57344.0, source=_OCP_FP8)
     fp16 = Format(
         name="fp16",
         exponent_bits=5,

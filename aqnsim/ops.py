@@ -22,8 +22,7 @@ _SCHEMAS = {
     "cast": "(Tensor x, str format, int axis, str rounding, bool measure) -> (Tensor, Tensor)",
     "quantize": "(Tensor x, str format, int axis) -> (Tensor, Tensor, Tensor)",
     "perturb": (
-        "(Tensor y, str error, int key, Tensor step, Tensor? rows, ScalarType? dtype, bool measure)"
-        " -> (Tensor, Tensor)"
+        "(Tensor y, str error, int key, Tensor step, Tensor? rows, ScalarType? dtype, bool measure) -> (Tensor, Tensor)"
     ),
     "linear": (
         "(Tensor x, Tensor weight, Tensor? bias, str spec, bool cast_weight, int[] keys, Tensor step,"

@@ -22,8 +22,9 @@ STATS = (
     "injected_n",
     "saturated",
     "nonfinite",
+    "requested2",
 )
-"""What an op measures; see ``Stats`` in ``csrc/cpu/kernels.h``."""
+"""What an op measures; see ``Stats`` in ``csrc/cpu/kernels.h``; ``requested2`` is sigma^2 times ``injected_n``."""
 
 PHASES = ("attach", "rollout", "train", "eval", "reference")
 """When: ``attach`` is the one cast of frozen weights; the others are what a trainer does."""
@@ -45,6 +46,7 @@ class Receipt:
         calls: how often the op ran.
         elements: values that went through.
         changed: share of stored values that differ from what they would have been.
+        requested_sigma: for errors, the root mean square of the sigmas that the calls asked for. None for formats.
         realised_sigma: for errors, the root mean square of what was injected, relative to ``|y|`` for relative
             errors; measured before the output is rounded. None for formats.
         sqnr_db: signal to noise of what was stored, in dB; inf when nothing changed.
@@ -60,6 +62,7 @@ class Receipt:
     calls: int
     elements: int
     changed: float
+    requested_sigma: float | None
     realised_sigma: float | None
     sqnr_db: float | None
     saturated: float
@@ -73,20 +76,17 @@ class Receipt:
         return d
 
 
-def from_stats(
-    stats: Sequence[float], *, site: str, role: str, phase: str, stream: str, requested: str
-) -> Receipt:
+def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stream: str, requested: str) -> Receipt:
     """A receipt from a vector of :data:`STATS`."""
     s = dict(zip(STATS, stats, strict=True))
     count = s["count"]
-    sigma = math.sqrt(s["injected2"] / s["injected_n"]) if s["injected_n"] else None
+
+    def sigma(sum2: str) -> float | None:
+        return math.sqrt(s[sum2] / s["injected_n"]) if s["injected_n"] else None
+
     sqnr = None
     if count:
-        sqnr = (
-            10 * math.log10(s["reference2"] / s["error2"])
-            if s["error2"] and s["reference2"]
-            else math.inf
-        )
+        sqnr = 10 * math.log10(s["reference2"] / s["error2"]) if s["error2"] and s["reference2"] else math.inf
     return Receipt(
         site=site,
         role=role,
@@ -96,7 +96,8 @@ def from_stats(
         calls=int(s["calls"]),
         elements=int(count),
         changed=s["changed"] / count if count else 0.0,
-        realised_sigma=sigma,
+        requested_sigma=sigma("requested2"),
+        realised_sigma=sigma("injected2"),
         sqnr_db=sqnr,
         saturated=s["saturated"] / count if count else 0.0,
         nonfinite=int(s["nonfinite"]),
@@ -113,8 +114,11 @@ def merge(receipts: Sequence[Receipt]) -> Receipt:
     def share(name: str) -> float:
         return sum(getattr(r, name) * r.elements for r in receipts) / elements if elements else 0.0
 
-    injected = [(r.realised_sigma, r.elements) for r in receipts if r.realised_sigma is not None]
-    weight = sum(n for _, n in injected)
+    def sigma(name: str) -> float | None:
+        injected = [(getattr(r, name), r.elements) for r in receipts if getattr(r, name) is not None]
+        weight = sum(n for _, n in injected)
+        return math.sqrt(sum(s * s * n for s, n in injected) / weight) if weight else None
+
     roles = {r.role for r in receipts}
     return dataclasses.replace(
         first,
@@ -123,7 +127,8 @@ def merge(receipts: Sequence[Receipt]) -> Receipt:
         calls=sum(r.calls for r in receipts),
         elements=elements,
         changed=share("changed"),
-        realised_sigma=math.sqrt(sum(s * s * n for s, n in injected) / weight) if weight else None,
+        requested_sigma=sigma("requested_sigma"),
+        realised_sigma=sigma("realised_sigma"),
         sqnr_db=min((r.sqnr_db for r in receipts if r.sqnr_db is not None), default=None),
         saturated=share("saturated"),
         nonfinite=sum(r.nonfinite for r in receipts),
@@ -138,7 +143,8 @@ _HEADER = (
     "calls",
     "elements",
     "changed",
-    "sigma",
+    "sigma asked",
+    "realised",
     "SQNR dB",
     "saturated",
     "non-finite",
@@ -168,6 +174,7 @@ def table(receipts: Sequence[Receipt]) -> str:
                 str(m.calls),
                 str(m.elements),
                 f"{m.changed:.1%}" if measured else "-",
+                f"{m.requested_sigma:.6g}" if m.requested_sigma is not None else "-",
                 f"{m.realised_sigma:.6g}" if m.realised_sigma is not None else "-",
                 f"{m.sqnr_db:.2f}" if m.sqnr_db is not None else "-",
                 f"{m.saturated:.2%}" if measured else "-",

@@ -26,13 +26,16 @@ def round_to(x: F32, fmt: Format) -> F32:
     NaN stays NaN, the sign of zero is kept, Inf counts as beyond ``max``.
     """
     x = np.asarray(x, np.float32)
-    wide = np.abs(x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wide = np.abs(x).astype(np.float64)
     finite = np.where(np.isfinite(wide), wide, 0.0)
     exponent = np.maximum(np.frexp(finite)[1] - 1, fmt.min_exponent)
     quantum = np.ldexp(1.0, exponent - fmt.mantissa_bits)
-    nearest = (
-        np.rint(finite / quantum) * quantum
-    )  # rint is ties-to-even; float64 makes the division exact
+    steps = finite / quantum  # exact in float64
+    whole = np.rint(steps)  # ties to even
+    if fmt.mantissa_bits == 0:  # codes are exponents: the even code is the even exponent field
+        whole = np.where((steps == 1.5) & ((exponent + fmt.bias) % 2 == 0), 1.0, whole)
+    nearest = whole * quantum
     beyond = {"saturate": fmt.max, "inf": np.inf, "nan": np.nan}[fmt.overflow]
     magnitude = np.where((nearest > fmt.max) | np.isinf(wide), beyond, nearest)
     magnitude = np.where(np.isnan(wide), np.nan, magnitude)
@@ -117,7 +120,7 @@ def cast(x: F32, fmt: AnyFormat, axis: int = -1) -> F32:
 
 def encode(x: F32, fmt: Format) -> npt.NDArray[np.uint8]:
     """Codes of values that ``fmt`` holds exactly (at most 8 bits wide); see :meth:`Format.decode`."""
-    table = np.float32(fmt.values())
+    table = np.array(fmt.values(), np.float32)
     magnitude = np.searchsorted(table, np.abs(x))
     return (magnitude | (np.signbit(x).astype(np.int64) << (fmt.bits - 1))).astype(np.uint8)
 
@@ -166,9 +169,7 @@ def box_muller(radius_word: U32, angle_word: U32) -> tuple[F32, F32]:
     quadrant = angle_word >> 30
     f = (angle_word << np.uint32(2)).view(np.int32).astype(np.float32) * np.float32(2.0**-32)
     g = f * f
-    s = f * poly(
-        g, -0.004602163098752499, 0.07968021929264069, -0.6459634900093079, 1.5707963705062866
-    )
+    s = f * poly(g, -0.004602163098752499, 0.07968021929264069, -0.6459634900093079, 1.5707963705062866)
     c = poly(
         g,
         0.0009092451655305922,
@@ -201,9 +202,7 @@ def normal(rows: npt.NDArray[np.int64], columns: int, key: int, step: int) -> F3
     return z.reshape(len(ids), 4 * blocks)[:, :columns]
 
 
-def perturb(
-    y: F32, error: ErrorModel, key: int, step: int, rows: npt.NDArray[np.int64] | None = None
-) -> F32:
+def perturb(y: F32, error: ErrorModel, key: int, step: int, rows: npt.NDArray[np.int64] | None = None) -> F32:
     """``y`` with the error added in fp32; the last axis is the column, all others together the row.
 
     Infinities and NaNs pass unchanged.

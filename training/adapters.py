@@ -87,11 +87,11 @@ def check_finite_gradients(model: nn.Module) -> None:
     """Check that no gradient is NaN or infinite: one such update destroys the adapters for good.
 
     Raises:
-        RealisationError: naming the parameter.
+        RealisationError: naming the first such parameter; clipping by the norm spreads it to the others.
     """
     for name, parameter in trainable(model):
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             raise RealisationError(
-                f"the gradient of {name} is NaN or infinite; the update was not made. Look for `nonfinite` in the "
-                "receipts, and lower the noise or widen the format there"
+                f"the gradients are NaN or infinite ({name} first); the update was not made. Look for `nonfinite` in "
+                "the receipts, and lower the noise or widen the format there"
             )

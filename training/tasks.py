@@ -1,8 +1,6 @@
-"""Verifiable tasks: problems that are pure functions of (split, count, seed), and how an answer is
-scored.
+"""Verifiable tasks: problems that are pure functions of (split, count, seed), and how an answer is scored.
 
-A task partitions the space of its problems once and for all by a hash: no problem of the split
-    "train" is ever in
+A task partitions the space of its problems once and for all by a hash: no problem of the split "train" is ever in
 the split "eval", under any seed, any count and any mixture of families.
 """
 
@@ -50,8 +48,7 @@ class Task(Protocol):
         """The text that ends an answer, as an end-of-sequence token does."""
 
     def problems(self, split: Split, count: int, seed: int) -> list[Problem]:
-        """`count` problems of a split, a pure function of the arguments and the task's
-        parameters."""
+        """`count` problems of a split, a pure function of the arguments and the task's parameters."""
 
     def score(self, completion: str, answer: str, extraction: Extraction = "strict") -> bool:
         """Whether a completion answers the problem."""
@@ -59,8 +56,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """Expressions of one operation over operands of given numbers of decimal digits, such as 2x1:
-    47 and 6.
+    """Expressions of one operation over operands of given numbers of decimal digits, such as 2x1: 47 and 6.
 
     No operand has a leading zero, hence none is 0. Differences below zero are left out.
     """

@@ -44,9 +44,7 @@ class _Gemm:
     def __init__(self, perturb: Perturb, step: Tensor) -> None:
         self.perturb, self.step = perturb, step
 
-    def __call__(
-        self, a: Tensor, b: Tensor, error: str | None, key: int, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, a: Tensor, b: Tensor, error: str | None, key: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         """``a @ b``: exact in ``a``'s dtype without an error, perturbed and in fp32 with one."""
         if error is None:
             return a @ b, _no_stats(a)
@@ -56,9 +54,7 @@ class _Gemm:
 def linear_ops(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
     """``linear`` and ``linear_backward`` from a backend's primitives."""
 
-    def operands(
-        x: Tensor, weight: Tensor, spec: OpSpec, cast_weight: bool
-    ) -> list[tuple[Tensor, Tensor]]:
+    def operands(x: Tensor, weight: Tensor, spec: OpSpec, cast_weight: bool) -> list[tuple[Tensor, Tensor]]:
         formats = (spec.forward.input, spec.forward.weight if cast_weight else None)
         return [
             cast(t, f, -1, "nearest-even", True) if f else (t, _no_stats(t))
@@ -111,9 +107,7 @@ def linear_ops(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
             # A weight gradient has no token of its own: its rows are told apart by the batch's first token.
             own = None
             if rows is not None:
-                own = torch.arange(weight.shape[0], device=rows.device) + (
-                    rows[:1] << POSITION_BITS
-                )
+                own = torch.arange(weight.shape[0], device=rows.device) + (rows[:1] << POSITION_BITS)
             grad_w, w_stats = gemm(g.t(), xq, spec.grad_weight.error, keys[2], own)
             grad_w = grad_w.to(weight.dtype)
         return grad_x, grad_w, torch.stack([x_stats, w_stats])

@@ -14,11 +14,13 @@ from aqnsim.backends import Backend, register
 from aqnsim.backends.compose import linear_ops
 from aqnsim.errors import AbsoluteGaussian, RelativeGaussian, parse
 from aqnsim.formats import BlockFormat, element_of, float32, get
+from aqnsim.receipts import STATS
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OVERFLOWS = {"saturate": 0, "inf": 1, "nan": 2}
 _SCALES = {"e8m0-floor": 1, "e4m3-two-level": 2}
 _KINDS = {RelativeGaussian: 0, AbsoluteGaussian: 1}
+_INJECTED = STATS.index("injected_n") - 1
 _PARALLEL_FROM = 1 << 15  # elements: below, waking threads costs more than they save
 
 
@@ -32,8 +34,11 @@ def _threads(t: Tensor) -> int:
     return torch.get_num_threads() if t.numel() >= _PARALLEL_FROM else 1
 
 
-def _stats(values: list[float], measure: bool) -> Tensor:
-    return torch.tensor([1.0, *values] if measure else [0.0] * 9, dtype=torch.float64)
+def _stats(values: list[float], measure: bool, sigma: float = 0.0) -> Tensor:
+    """What a kernel measured, in the order of ``receipts.STATS``."""
+    if not measure:
+        return torch.zeros(len(STATS), dtype=torch.float64)
+    return torch.tensor([1.0, *values, sigma * sigma * values[_INJECTED]], dtype=torch.float64)
 
 
 @lru_cache(maxsize=1024)
@@ -54,9 +59,7 @@ def _run_cast(
     view = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
     code, threads = _dtype(x), _threads(x)
     amax = _core.amax(x.data_ptr(), code, x.numel(), threads) if args[5] == 2 else 0.0
-    stats = _core.cast(
-        x.data_ptr(), out.data_ptr(), scales, code, view, *args, amax, unscaled, measure, threads
-    )
+    stats = _core.cast(x.data_ptr(), out.data_ptr(), scales, code, view, *args, amax, unscaled, measure, threads)
     return stats, amax
 
 
@@ -98,9 +101,7 @@ def perturb(
     if rows is not None:
         rows = rows.contiguous()
         if rows.numel() != count or rows.dtype != torch.int64:
-            raise ConfigError(
-                f"perturb: expected {count} int64 rows, got {rows.numel()} of {rows.dtype}"
-            )
+            raise ConfigError(f"perturb: expected {count} int64 rows, got {rows.numel()} of {rows.dtype}")
     stats = _core.perturb(
         y.data_ptr(),
         out.data_ptr(),
@@ -116,7 +117,7 @@ def perturb(
         measure,
         _threads(y),
     )
-    return out, _stats(stats, measure)
+    return out, _stats(stats, measure, model.sigma)  # type: ignore[attr-defined]
 
 
 BACKEND = register(

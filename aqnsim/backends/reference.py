@@ -12,6 +12,7 @@ from aqnsim.backends import Backend, register
 from aqnsim.backends.compose import linear_ops
 from aqnsim.errors import RelativeGaussian, parse
 from aqnsim.formats import BlockFormat, element_of, get
+from aqnsim.receipts import STATS
 from aqnsim.reference import F32
 
 
@@ -38,7 +39,7 @@ def _different(a: F32, b: F32) -> int:
 def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[Tensor, Tensor]:
     f, values = get(fmt), _numpy(x)
     out, held = _held(reference.cast(values, f, axis), x.dtype)
-    stats = torch.zeros(9, dtype=torch.float64)
+    stats = torch.zeros(len(STATS), dtype=torch.float64)
     if measure:
         scaled = _scaled(values, f, axis)
         stats[:] = torch.tensor(
@@ -52,6 +53,7 @@ def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[
                 0,
                 int(np.sum(np.abs(scaled) > element_of(f).max)),
                 int(np.sum(~np.isfinite(held))),
+                0,
             ]
         )
     return out, stats
@@ -101,11 +103,9 @@ def perturb(
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
     model, before = parse(error), _numpy(y)
-    after = reference.perturb(
-        before, model, key, int(step), None if rows is None else rows.reshape(-1).numpy()
-    )
+    after = reference.perturb(before, model, key, int(step), None if rows is None else rows.reshape(-1).numpy())
     out, held = _held(after, dtype or y.dtype)
-    stats = torch.zeros(9, dtype=torch.float64)
+    stats = torch.zeros(len(STATS), dtype=torch.float64)
     if measure:
         _, clean = _held(before, dtype or y.dtype)
         relative = isinstance(model, RelativeGaussian)
@@ -125,6 +125,7 @@ def perturb(
                 int(measurable.sum()),
                 0,
                 int(np.sum(~finite)),
+                model.sigma**2 * int(measurable.sum()),  # type: ignore[attr-defined]
             ]
         )
     return out, stats

@@ -52,7 +52,7 @@ def emulate(
     profile = load(profile)
     emulation = Emulation(model, profile, seed, aqn)
     planned = _plan(model, profile, aqn)
-    device = next((s.module.weight.device for s in planned), torch.device("cpu"))  # type: ignore[union-attr]
+    device = next((p.device for s in planned for p in s.module.parameters()), torch.device("cpu"))
     emulation.totals = torch.zeros(
         len(planned), len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64, device=device
     )
@@ -95,9 +95,7 @@ def _plan(model: nn.Module, profile: Profile, aqn: AQN | None) -> list[Site]:
 
 def _check_linear(module: nn.Linear, name: str, shared: dict[int, list[str]]) -> None:
     if isinstance(module, EmulatedLinear):
-        raise ConfigError(
-            f"{name!r} is already emulated: restore() the first emulation before attaching another"
-        )
+        raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
     if type(module) is not nn.Linear:
         raise ConfigError(
             f"{name!r} is a {type(module).__qualname__}, whose forward may differ from nn.Linear's: "
@@ -110,18 +108,14 @@ def _check_linear(module: nn.Linear, name: str, shared: dict[int, list[str]]) ->
             "exclude it in the profile or untie the weights"
         )
     if module.weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(
-            f"{name!r} has {module.weight.dtype} weights; expected float32 or bfloat16"
-        )
+        raise ConfigError(f"{name!r} has {module.weight.dtype} weights; expected float32 or bfloat16")
 
 
 def _norms(model: nn.Module, aqn: AQN, first: int) -> list[Site]:
     found: list[Site] = []
     for name, module in st.host_modules(model):
         if isinstance(module, NoisyNorm):
-            raise ConfigError(
-                f"{name!r} already has AQN: restore() the first emulation before attaching another"
-            )
+            raise ConfigError(f"{name!r} already has AQN: restore() the first emulation before attaching another")
         if aqn.multiplier(name) > 0 and st.norm_offset(module) is not None:
             role = name.rpartition(".")[2]
             found.append(Site(name, "norm", role, None, OpSpec(), module, first + len(found)))

@@ -14,7 +14,6 @@ from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError, RealisationError, unknown
 from aqnsim.aqn import AQN
 from aqnsim.emulation.sites import Site
-from aqnsim.errors import AbsoluteGaussian
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
 from aqnsim.rng import POSITION_BITS, check_step, key_of
@@ -124,9 +123,7 @@ class Emulation:
         Without it, the rows of a batch are 0, 1, 2, ...
         """
         if ids.dim() != 1 or ids.dtype != torch.int64:
-            raise ConfigError(
-                f"sequences: expected int64 ids of shape [batch], got {ids.dtype} {tuple(ids.shape)}"
-            )
+            raise ConfigError(f"sequences: expected int64 ids of shape [batch], got {ids.dtype} {tuple(ids.shape)}")
         before, self._sequences = self._sequences, ids
         try:
             yield self
@@ -140,9 +137,7 @@ class Emulation:
             ids = torch.arange(batch, device=positions.device)
         elif len(ids) != batch:
             raise ConfigError(f"sequences: {len(ids)} ids are set but the batch has {batch} rows")
-        self.rows = (
-            (ids.to(positions.device)[:, None] << POSITION_BITS) | positions.clamp(min=0)
-        ).reshape(-1)
+        self.rows = ((ids.to(positions.device)[:, None] << POSITION_BITS) | positions.clamp(min=0)).reshape(-1)
 
     # ---- receipts --------------------------------------------------------------------------------------------------
 
@@ -154,9 +149,7 @@ class Emulation:
             totals[:, 0] = self.totals[:, 0]  # every rank casts the same frozen weights
         return ReceiptTotals(totals)
 
-    def receipts(
-        self, since: ReceiptTotals | None = None, until: ReceiptTotals | None = None
-    ) -> list[Receipt]:
+    def receipts(self, since: ReceiptTotals | None = None, until: ReceiptTotals | None = None) -> list[Receipt]:
         """What happened at each site, in each phase and stream: since attach, or between two snapshots."""
         end = (until or self.snapshot()).totals
         totals = (end - since.totals if since else end).tolist()
@@ -177,6 +170,24 @@ class Emulation:
                             )
                         )
         return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold for a resumed run to end with the same receipts."""
+        return {"totals": self.totals.clone(), "sigmas": torch.tensor(sorted(self._sigmas), dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from :meth:`state_dict` of an emulation of the same model and profile.
+
+        Raises:
+            ConfigError: the state has another number of sites.
+        """
+        if state["totals"].shape != self.totals.shape:
+            raise ConfigError(
+                f"the receipts of a checkpoint have shape {tuple(state['totals'].shape)}, this emulation's "
+                f"{tuple(self.totals.shape)}: it is another model, profile or AQN"
+            )
+        self.totals.copy_(state["totals"])
+        self._sigmas = set(state["sigmas"].tolist())
 
     def report(self) -> str:
         """The receipts as a table, requested beside realised."""
@@ -199,9 +210,7 @@ class Emulation:
         changed = self.totals[..., _CHANGED]
         for site in self.sites:
             if site.kind == "linear" and not calls[site.index, 1:, :3].any():
-                raise RealisationError(
-                    f"site {site.name!r} is emulated ({self._rule_text(site)}) but was never called"
-                )
+                raise RealisationError(f"site {site.name!r} is emulated ({self._rule_text(site)}) but was never called")
             for s, stream in enumerate(STREAMS):
                 if (
                     self._is_error(site, stream)
@@ -240,9 +249,7 @@ class Emulation:
         if self.total_steps is None:
             raise RealisationError(f"{self.aqn.schedule} never advanced: begin_step was not called")
         if not any(s > 0 for s in self._sigmas):
-            raise RealisationError(
-                f"{self.aqn.schedule} stayed at sigma 0 in every step of this run"
-            )
+            raise RealisationError(f"{self.aqn.schedule} stayed at sigma 0 in every step of this run")
         for site in self.sites:
             noisy = site.kind == "norm" and self.aqn.multiplier(site.name) > 0
             if noisy and not calls[site.index, :, STREAMS.index("aqn")].any():
@@ -257,7 +264,7 @@ class Emulation:
     def _requested(self, site: Site, stream: str) -> str:
         spec = site.spec
         if stream == "aqn":
-            return f"absolute-gaussian x {self.aqn.multiplier(site.name):g}" if self.aqn else ""
+            return "absolute-gaussian(schedule)"
         return {
             "weight": spec.forward.weight,
             "input": spec.forward.input,
@@ -359,7 +366,3 @@ class Binding:
             return 0.0
         return e.sigma * e.aqn.multiplier(self.site.name)
 
-
-def describe(sigma: float) -> str:
-    """The canonical text of AQN's perturbation."""
-    return str(AbsoluteGaussian(sigma))

@@ -84,9 +84,7 @@ def norm_offset(module: nn.Module) -> float | None:
         y = module(x.to(weight.dtype)[None])[0]
     unit = unit_rms(x.to(weight.dtype), module)
     for offset in (0.0, 1.0):
-        if torch.allclose(
-            y.float(), (offset + weight.detach().float()) * unit, rtol=0.02, atol=1e-3
-        ):
+        if torch.allclose(y.float(), (offset + weight.detach().float()) * unit, rtol=0.02, atol=1e-3):
             return offset
     return None
 

@@ -89,7 +89,8 @@ class OpSpec:
     @lru_cache(maxsize=1024)
     def parse(text: str) -> OpSpec:
         """The spec of a canonical text."""
-        return _build(OpSpec, json.loads(text), "spec")
+        spec: OpSpec = _build(OpSpec, json.loads(text), "spec")
+        return spec
 
     @property
     def has_error(self) -> bool:
@@ -140,9 +141,7 @@ class Profile:
     @property
     def fingerprint(self) -> str:
         """16 hex digits over all that changes a number: rules, exclusions and what their formats mean."""
-        used = sorted(
-            {f for r in self.rules for f in (r.spec.forward.input, r.spec.forward.weight) if f}
-        )
+        used = sorted({f for r in self.rules for f in (r.spec.forward.input, r.spec.forward.weight) if f})
         content = {
             "semantics": SEMANTICS,
             "exclude": self.exclude,
@@ -176,9 +175,7 @@ def _build(cls: type[Any], table: Any, where: str) -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for key in table:
         if key not in known:
-            raise ConfigError(
-                f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}"
-            )
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
     nested = {k: _build(c, table[k], f"{where}.{k}") for k, c in _NESTED.items() if k in table}
     try:
         return cls(**{**table, **nested})

@@ -89,6 +89,26 @@ struct CastConstants {
     if (scale == Scale::kE4M3TwoLevel) return two_level.block(float_of(amax_bits), e4m3);
     return {1.0f, 1.0f};
   }
+  AQN_HD void block_scales(float* to_element, float* s, const uint32_t* amax, int n) const {
+    const Rounder round = e4m3;
+    const TwoLevel level = two_level;
+    const int largest = emax;
+    if (scale == Scale::kE8M0Floor) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const BlockScale b = mx_floor_scale(amax[i], largest);
+        to_element[i] = b.to_element;
+        s[i] = b.s;
+      }
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const BlockScale b = level.block(float_of(amax[i]), round);
+        to_element[i] = b.to_element;
+        s[i] = b.s;
+      }
+    }
+  }
   // The factors after rounding; 1 where the elements themselves are wanted.
   AQN_HD float decode() const { return scale == Scale::kE4M3TwoLevel && !unscaled ? two_level.decode : 1.0f; }
   AQN_HD float decode(const BlockScale& b) const { return unscaled ? 1.0f : b.s; }
@@ -116,9 +136,10 @@ AQN_HD void measure_cast(const float* x, const float* y, const float* to_element
 #pragma omp simd
     for (int j = 0; j < lanes; ++j) {
       const float e = y[i + j] - x[i + j];
-      sums.error2[j] += e * e;
-      sums.reference2[j] += x[i + j] * x[i + j];
-      sums.changed[j] += bits_of(y[i + j]) != bits_of(x[i + j]) ? 1 : 0;
+      const bool finite = is_finite(e);  // one Inf must not spoil the sums of all others
+      sums.error2[j] += finite ? e * e : 0.0f;
+      sums.reference2[j] += finite ? x[i + j] * x[i + j] : 0.0f;
+      sums.changed[j] += differs(y[i + j], x[i + j]) ? 1 : 0;
       sums.saturated[j] += abs_of(x[i + j] * to_element[i + j]) > max ? 1 : 0;
       sums.nonfinite[j] += is_finite(y[i + j]) ? 0 : 1;
     }
@@ -127,26 +148,8 @@ AQN_HD void measure_cast(const float* x, const float* y, const float* to_element
 
 constexpr int kMaxBlock = 256;  // the longest block that fits the local buffers
 
-// One contiguous block of N elements (N = 0: `length` of them).
-template <class T, bool Measure, int N>
-AQN_HD void cast_block(const T* from, T* to, float* scale, int length, const CastConstants& k, float t, Sums& sums) {
-  constexpr int kSize = N ? N : kMaxBlock;
-  const int n = N ? N : length;
-  float x[kSize], y[kSize];
-  load_all(x, from, n);
-  const BlockScale b = k.block_scale(largest_bits(x, n));
-  if (scale) *scale = b.s;
-  cast_all(y, x, n, k.element, b.to_element, k.decode(b), t);
-  store_all(to, y, n);
-  if (Measure) {
-    float stored[kSize], factor[kSize];
-    load_all(stored, to, n);
-    std::fill_n(factor, n, b.to_element);
-    measure_cast(x, stored, factor, n, k.element.max, sums);
-  }
-}
-
-template <class T, bool Measure, int N>
+// Blocks of any length along rows whose last block may be shorter.
+template <class T, bool Measure>
 Stats cast_contiguous(const CastArgs& a) {
   const CastConstants k(a);
   const float t = k.decode();
@@ -159,19 +162,63 @@ Stats cast_contiguous(const CastArgs& a) {
     int64_t count = 0;
     const int64_t last = std::min(all, (c + 1) * per_chunk);
     for (int64_t i = c * per_chunk; i < last; ++i) {
-      const int64_t start = (i % blocks) * a.block;
-      const int64_t at = (i / blocks) * a.n + start;
-      const int length = static_cast<int>(std::min(a.block, a.n - start));
-      const T* x = static_cast<const T*>(a.x) + at;
-      T* y = static_cast<T*>(a.y) + at;
-      float* scale = a.scales ? a.scales + i : nullptr;
-      if (N && length == N)
-        cast_block<T, Measure, N>(x, y, scale, N, k, t, sums);
-      else
-        cast_block<T, Measure, 0>(x, y, scale, length, k, t, sums);
-      count += length;
+      const int64_t start = (i % blocks) * a.block, at = (i / blocks) * a.n + start;
+      const int n = static_cast<int>(std::min(a.block, a.n - start));
+      T* to = static_cast<T*>(a.y) + at;
+      float x[kMaxBlock], y[kMaxBlock], factor[kMaxBlock];
+      load_all(x, static_cast<const T*>(a.x) + at, n);
+      const BlockScale b = k.block_scale(largest_bits(x, n));
+      if (a.scales) a.scales[i] = b.s;
+      cast_all(y, x, n, k.element, b.to_element, k.decode(b), t);
+      store_all(to, y, n);
+      if (Measure) {
+        load_all(y, to, n);
+        std::fill_n(factor, n, b.to_element);
+        measure_cast(x, y, factor, n, k.element.max, sums);
+      }
+      count += n;
     }
     if (Measure) sums.flush(parts[c], count);
+  });
+  return total(parts);
+}
+
+// Whole blocks of N that follow each other: kBatch of them at a time, so that their scales are computed in lanes and no
+// block waits for another's maximum.
+template <class T, bool Measure, int N>
+Stats cast_whole_blocks(const CastArgs& a) {
+  constexpr int kBatch = 16, kSize = kBatch * N;
+  const CastConstants k(a);
+  const float t = k.decode();
+  const int64_t all = a.outer * (a.n / N), per_chunk = 16384 / N, chunks = (all + per_chunk - 1) / per_chunk;
+  std::vector<Stats> parts(Measure ? chunks : 0);
+  for_chunks(chunks, a.threads, [&](int64_t c) {
+    Sums sums;
+    const int64_t first = c * per_chunk, last = std::min(all, first + per_chunk);
+    for (int64_t i = first; i < last; i += kBatch) {
+      const int batch = static_cast<int>(std::min<int64_t>(kBatch, last - i));
+      float x[kSize], y[kSize], factor[kBatch] = {}, s[kBatch] = {};
+      uint32_t amax[kBatch] = {};
+      const T* from = static_cast<const T*>(a.x) + i * N;
+      T* to = static_cast<T*>(a.y) + i * N;
+      for (int b = 0; b < batch; ++b) {
+        load_all(x + b * N, from + b * N, N);
+        amax[b] = largest_bits(x + b * N, N);
+      }
+      k.block_scales(factor, s, amax, kBatch);
+      if (a.scales) std::copy_n(s, batch, a.scales + i);
+      for (int b = 0; b < batch; ++b) {
+        cast_all(y + b * N, x + b * N, N, k.element, factor[b], k.unscaled ? 1.0f : s[b], t);
+        store_all(to + b * N, y + b * N, N);
+      }
+      if (Measure) {
+        float spread[kSize];
+        for (int b = 0; b < batch; ++b) std::fill_n(spread + b * N, N, factor[b]);
+        load_all(y, to, batch * N);
+        measure_cast(x, y, spread, batch * N, k.element.max, sums);
+      }
+    }
+    if (Measure) sums.flush(parts[c], (last - first) * N);
   });
   return total(parts);
 }
@@ -222,22 +269,45 @@ Stats cast_strided(const CastArgs& a) {
   return total(parts);
 }
 
+// Every element for itself.
+template <class T, bool Measure>
+Stats cast_elements(const CastArgs& a) {
+  constexpr int kSize = 256;
+  const Rounder round(a.element);
+  const int64_t all = a.outer * a.n * a.inner, per_chunk = 16384, chunks = (all + per_chunk - 1) / per_chunk;
+  std::vector<Stats> parts(Measure ? chunks : 0);
+  for_chunks(chunks, a.threads, [&](int64_t c) {
+    Sums sums;
+    const int64_t first = c * per_chunk, last = std::min(all, first + per_chunk);
+    float x[kSize], y[kSize], ones[kSize];
+    std::fill_n(ones, kSize, 1.0f);
+    for (int64_t i = first; i < last; i += kSize) {
+      const int n = static_cast<int>(std::min<int64_t>(kSize, last - i));
+      T* to = static_cast<T*>(a.y) + i;
+      load_all(x, static_cast<const T*>(a.x) + i, n);
+      cast_all(y, x, n, round, 1.0f, 1.0f, 1.0f);
+      store_all(to, y, n);
+      if (Measure) {
+        load_all(y, to, n);
+        measure_cast(x, y, ones, n, round.max, sums);
+      }
+    }
+    if (Measure) sums.flush(parts[c], last - first);
+  });
+  return total(parts);
+}
+
 template <class T, bool Measure>
 Stats cast_typed(const CastArgs& a) {
-  if (a.scale == Scale::kNone) {  // every element for itself: one long row
-    CastArgs flat = a;
-    flat.n = a.outer * a.n * a.inner;
-    flat.outer = flat.inner = 1;
-    flat.block = 64;
-    return cast_contiguous<T, Measure, 64>(flat);
-  }
+  if (a.scale == Scale::kNone) return cast_elements<T, Measure>(a);
   if (a.inner > 1) return cast_strided<T, Measure>(a);
-  if (a.block == 32) return cast_contiguous<T, Measure, 32>(a);
-  if (a.block == 16) return cast_contiguous<T, Measure, 16>(a);
-  return cast_contiguous<T, Measure, 0>(a);
+  if (a.block == 32 && a.n % 32 == 0) return cast_whole_blocks<T, Measure, 32>(a);
+  if (a.block == 16 && a.n % 16 == 0) return cast_whole_blocks<T, Measure, 16>(a);
+  return cast_contiguous<T, Measure>(a);
 }
 
 Stats cast(const CastArgs& a, bool measure) {
+  if (a.outer == 0 || a.n == 0 || a.inner == 0) return {};
   if (a.dtype == Dtype::kFloat32) return measure ? cast_typed<float, true>(a) : cast_typed<float, false>(a);
   return measure ? cast_typed<bf16, true>(a) : cast_typed<bf16, false>(a);
 }
@@ -315,7 +385,7 @@ AQN_HD void measure_perturb(const float* before, const float* after, const float
       sums.reference2[j] += finite ? y * y : 0.0f;
       sums.injected2[j] += injected * injected;
       sums.injected_n[j] += measurable ? 1 : 0;
-      sums.changed[j] += bits_of(stored[i + j]) != bits_of(clean[i + j]) ? 1 : 0;
+      sums.changed[j] += differs(stored[i + j], clean[i + j]) ? 1 : 0;
       sums.nonfinite[j] += finite ? 0 : 1;
     }
   }

@@ -91,7 +91,7 @@ def test_a_starved_step_proceeds_with_what_there_is(tmp_path: Path, caplog: pyte
     assert metrics["starved"]
     assert metrics["kept_groups"] == 2
     assert metrics["generation_batches"] == 3
-    assert "step 0 is starved: 2 of 4 groups" in caplog.text
+    assert "step 1 is starved: 2 of 4 groups" in caplog.text
     weight = {
         int(i): bool(mask.any())
         for batch in run.micro_batches
@@ -520,7 +520,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(tmp_path: Path) -> None:
     before = run.adapters
     parameter = next(p for n, p in run.model.named_parameters() if "layers.0.mlp.up_proj.lora_A" in n)
     parameter.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(RealisationError, match=r"lora_[AB].*NaN or infinite; the update was not made"):
+    with pytest.raises(RealisationError, match=r"NaN or infinite .*the update was not made"):
         run.train()
     assert same(before, run.adapters)
 

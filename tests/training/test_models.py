@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import aqnsim
 from aqnsim._errors import ConfigError, UnknownNameError
 from training import models
 from training.models import ModelError, TinyLlama, WheelGguf, load_model
@@ -153,8 +155,11 @@ class TestFetch:
         stored = {t.name: t for t in gguf.GGUFReader(gguf_file).tensors}
         for name, tensor in [
             ("token_embd.weight", model.model.embed_tokens.weight),
+            ("output_norm.weight", model.model.norm.weight),
             ("blk.1.ffn_down.weight", model.model.layers[1].mlp.down_proj.weight),
+            # Norms near 1 are balanced already.
             ("blk.1.ffn_norm.weight", model.model.layers[1].post_attention_layernorm.weight),
+            ("blk.1.ffn_up.weight", model.model.layers[1].mlp.up_proj.weight),
         ]:
             exact = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
             assert np.array_equal(tensor.detach().numpy(), exact)
@@ -364,6 +369,28 @@ class TestLoading:
         few = model(ids, logits_to_keep=4).logits
         assert seen == [True]
         torch.testing.assert_close(few, model(ids).logits[:, -4:])
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("emulated", [False, True])
+    def test_balanced_norms_are_near_1_in_the_same_model(self, dtype, emulated, monkeypatch, tmp_path):
+        monkeypatch.setitem(models.MODELS, "tiny", TinyLlama(steps=3))
+        model, _ = load_model("tiny", dtype=dtype, cache_dir=tmp_path)
+        norms = [n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+        with torch.no_grad():
+            for norm, scale in zip(norms, [0.04, 0.2, 0.4, 3.0], strict=True):
+                norm.weight.mul_(scale)
+        balanced = copy.deepcopy(model)
+        models.balance_norms(balanced)
+        ids = torch.arange(3, 33).view(2, 15)
+        with torch.no_grad():
+            if emulated:
+                aqnsim.emulate(model, "mxfp4-w4a4", seed=0)
+                aqnsim.emulate(balanced, "mxfp4-w4a4", seed=0)
+            assert torch.equal(balanced(ids).logits, model(ids).logits)
+        for layer in balanced.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                rms = norm.weight.float().square().mean().sqrt().item()
+                assert 0.7 < rms < 1.42
 
     def test_a_text_ends_completions(self, monkeypatch, tmp_path):
         monkeypatch.setitem(models.MODELS, "tiny", TinyLlama(steps=1))

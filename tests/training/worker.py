@@ -80,8 +80,8 @@ def main(directory: Path) -> None:
             "receipts": sorted({(r.site, r.phase, r.stream, r.requested) for r in receipts}),
         }
         (directory / f"{ranks}.json").write_text(json.dumps(summary))
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
+    straight.trainer.accelerator.wait_for_everyone()
+    straight.trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Timings, each behind a gate that proves the numbers of what is timed first, as ratios to a named peer."""

@@ -1,0 +1,70 @@
+"""One training step of the embedded model, emulated beside ideal: rollout, loss, backward, update."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import aqnsim
+from benchmarks.timing import alternate
+from training.adapters import attach_lora
+from training.config import build_aqn, load
+from training.generation import generate, keyed_uniforms, pad_left
+from training.models import load_model
+from training.tasks import load_task
+
+EXPERIMENT, PRESET, STEPS = "e12", "embedded", 10
+
+
+def rows(repeats: int) -> list[dict[str, Any]]:
+    """Median seconds of a step under the ideal profile and under the experiment's, and their ratio.
+
+    Both do the same work: the same prompts, completions of full length, and the same tokens in the loss.
+    """
+    experiment = load(EXPERIMENT, PRESET)
+    model, tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
+    model.generation_config.eos_token_id = None  # full length: the work must not depend on what is sampled
+    plain = copy.deepcopy(model)
+    names = {"ideal": ("ideal", None), EXPERIMENT: (experiment.profile.name, build_aqn(experiment))}
+    candidates: dict[str, Callable[[], object]] = {}
+    for (name, (profile, aqn)), base in zip(names.items(), (plain, model), strict=True):
+        candidates[name] = _step(experiment, base, tokenizer, profile, aqn)
+    seconds = alternate(candidates, repeats)
+    return [
+        {"profile": name, "seconds": f"{s:.2f}", "of ideal": f"{s / seconds['ideal']:.2f}"}
+        for name, s in seconds.items()
+    ]
+
+
+def _step(experiment: Any, base: Any, tokenizer: Any, profile: str, aqn: Any) -> Callable[[], object]:
+    algorithm, task = experiment.algorithm, experiment.task
+    model = attach_lora(base, experiment.lora, seed=0)
+    emulation = aqnsim.emulate(model, profile, seed=0, aqn=aqn)
+    problems = load_task(task.name, families=task.families, examples=task.examples, held_out=task.held_out).problems(
+        "train", algorithm.prompts_per_step, 0
+    )
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems for _ in range(algorithm.group_size)]
+    uniforms = keyed_uniforms(0, 0, range(len(prompts)), algorithm.max_new_tokens)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
+    ids, mask = pad_left(prompts, 0)
+    answer = torch.randint(0, 1000, (len(prompts), algorithm.max_new_tokens))
+
+    def run() -> None:
+        emulation.begin_step(STEPS // 2, STEPS)  # a step with noise on
+        with emulation.phase("rollout"):
+            generate(model, tokenizer, prompts, max_new_tokens=algorithm.max_new_tokens, uniforms=uniforms)
+        with emulation.phase("train"):
+            for rows in torch.arange(len(prompts)).split(algorithm.micro_batch_size):
+                tokens = torch.cat([ids[rows], answer[rows]], 1)
+                attention = torch.cat([mask[rows], torch.ones_like(answer[rows])], 1)
+                logits = model(
+                    input_ids=tokens, attention_mask=attention, logits_to_keep=algorithm.max_new_tokens + 1
+                ).logits[:, :-1]
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), answer[rows].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run

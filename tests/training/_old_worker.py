@@ -1,0 +1,88 @@
+"""One rank of the runs that test_distributed compares; writes what it saw on rank 0 as <directory>/<ranks>.json."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from stubs import Run, holds_answer, problems, same, tiny_tokenizer
+
+import aqnsim
+from training.checkpoints import require_checkpoint
+from training.evaluate import evaluate_modes
+
+
+def emulate(model: torch.nn.Module) -> aqnsim.Emulation:
+    """Weights in MXFP4, and noise in the rollouts."""
+    aqn = aqnsim.AQN(aqnsim.aqn.Constant(value=0.2))
+    return aqnsim.emulate(model, "mxfp4-w4a16", seed=0, aqn=aqn)
+
+
+def train(directory: Path, **kwargs: Any) -> Run:
+    return Run(directory, emulate=emulate, steps=3, save_every=50, **kwargs)
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    straight = train(directory / "straight").train()
+    rank, ranks = straight.trainer.args.process_index, straight.trainer.args.world_size
+    seen = {
+        int(i): tokens[mask.bool()].tolist()
+        for batch in straight.micro_batches
+        for i, tokens, mask in zip(
+            batch["sequence_ids"], batch["completion_ids"], batch["completion_mask"], strict=True
+        )
+    }
+
+    # Ctrl-C reaches the last rank only; all have to stop at the same step.
+    interrupted = train(directory / "interrupted")
+
+    def interrupt(*_: Any) -> None:
+        if rank == ranks - 1 and interrupted.emulation.step == 0 and not interrupted.trainer.interrupt.requested:
+            signal.raise_signal(signal.SIGINT)
+
+    interrupted.model.register_forward_pre_hook(interrupt)
+    interrupted.train()
+    checkpoint = str(require_checkpoint(directory / "interrupted"))
+    resumed = train(directory / "interrupted").train(resume_from_checkpoint=checkpoint)
+    exact = same(resumed.adapters, straight.adapters)
+
+    results = evaluate_modes(
+        straight.emulation,
+        straight.model,
+        tiny_tokenizer(),
+        problems(11),
+        holds_answer,
+        batch_size=3,
+        max_new_tokens=6,
+    )
+    receipts = straight.emulation.receipts(until=straight.emulation.snapshot(reduce=True))
+    gathered: list[Any] = [None] * ranks
+    mine = (seen, exact, interrupted.trainer.state.global_step)
+    if ranks > 1:
+        torch.distributed.all_gather_object(gathered, mine)
+    else:
+        gathered = [mine]
+    if rank == 0:
+        torch.save(straight.adapters, directory / f"{ranks}.pt")
+        summary = {
+            "metrics": straight.results,
+            "micro_batches": len(straight.micro_batches),
+            "tokens": {i: tokens for seen, _, _ in gathered for i, tokens in seen.items()},
+            "resumed_exactly": [exact for _, exact, _ in gathered],
+            "resumed_metrics_equal": interrupted.results + resumed.results == straight.results,
+            "interrupted_at": [step for _, _, step in gathered],
+            "evaluation": {m: [[r.problem_id, r.completion] for r in rows] for m, rows in results.items()},
+            "receipts": sorted({(r.site, r.phase, r.stream, r.requested) for r in receipts}),
+        }
+        (directory / f"{ranks}.json").write_text(json.dumps(summary))
+    pass
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
