@@ -20,10 +20,14 @@ TARGETS = ("rmsnorm",)
 PHASES = ("rollout", "train", "eval", "reference")
 
 
+def _check_size(what: str, sigma: float) -> None:
+    if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma > 0):
+        raise ConfigError(f"{what} must be a finite number > 0, got {sigma!r}")
+
+
 def _check_decay(name: str, start: float, end: float) -> None:
-    for label, sigma in (("sigma_start", start), ("sigma_end", end)):
-        if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma > 0):
-            raise ConfigError(f"{name}: {label} must be a finite number > 0, got {sigma!r}")
+    _check_size(f"{name}: sigma_start", start)
+    _check_size(f"{name}: sigma_end", end)
     if end > start:
         raise ConfigError(f"{name}: sigma_end ({end}) must not exceed sigma_start ({start}): AQN decays")
 
@@ -65,8 +69,7 @@ class Constant(Schedule):
     value: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.value) and self.value > 0):
-            raise ConfigError(f"Constant: sigma must be a finite number > 0, got {self.value!r}")
+        _check_size("Constant: sigma", self.value)
 
     def sigma(self, step: int, total_steps: int) -> float:
         _check_position(step, total_steps)
@@ -149,7 +152,7 @@ class EpochAware(Schedule):
         return _geometric(start, end, min(j, last), last)
 
 
-_LAYER = re.compile(r"(?:layers|layer|blocks|h)\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|blocks|h)\.(\d+)\.")
 
 
 def layer_of(site: str) -> int | None:
@@ -192,6 +195,9 @@ class AQN:
         for phase in self.phases:
             if phase not in PHASES:
                 raise unknown("phase", phase, PHASES)
+        for layer in self.multipliers:
+            if not isinstance(layer, int) or layer < 0:
+                raise ConfigError(f"AQN: a multiplier's layer index must be an integer >= 0, got {layer!r}")
         for layer, m in [*self.multipliers.items(), ("default", self.default_multiplier)]:
             if not (math.isfinite(m) and m >= 0):
                 raise ConfigError(f"AQN: the multiplier of layer {layer} must be finite and >= 0, got {m!r}")

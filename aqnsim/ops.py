@@ -141,6 +141,7 @@ def _(totals: Tensor, stats: Tensor) -> None:
 def _straight_through(name: str, arguments: int) -> None:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.dtype = inputs[0].dtype
+        ctx.mark_non_differentiable(output[1])
 
     def backward(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
         return (grad.to(ctx.dtype), *[None] * (arguments - 1))
@@ -154,11 +155,12 @@ _straight_through("perturb", 7)
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, spec, cast_weight, keys, step, rows, receipt = inputs
+    ctx.mark_non_differentiable(output[1])
     ctx.has_bias = bias is not None
     ctx.spec, ctx.cast_weight, ctx.keys = spec, cast_weight, keys
     ctx.receipt = receipt  # only added to, never read by the gradient
     # x is needed for the weight's gradient alone; its shape is enough otherwise
-    ctx.save_for_backward(x if weight.requires_grad else x[..., :0], weight, step, rows)
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, step, rows)
 
 
 def _linear_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -208,6 +208,8 @@ def perturb(y: F32, error: ErrorModel, key: int, step: int, rows: npt.NDArray[np
     Infinities and NaNs pass unchanged.
     """
     y = np.asarray(y, np.float32)
+    if y.size == 0:
+        return y
     columns = y.shape[-1] if y.ndim else 1
     flat = y.reshape(-1, columns)
     z = normal(np.arange(len(flat)) if rows is None else rows, columns, key, step)

@@ -26,7 +26,7 @@ from aqnsim.rng import key_of
 
 NAMES = [*formats.ALL, "e5m0", "e8m0", "e2m3", "e3m4", "e8m10"]
 COUNTS = ("calls", "count", "changed", "injected_n", "saturated", "nonfinite")
-SUMS = ("error2", "reference2", "injected2")
+SUMS = ("error2", "reference2", "injected2", "requested2")
 every_format = pytest.mark.parametrize("name", NAMES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 KEY = key_of(0, "site", "train", "output")
@@ -176,9 +176,7 @@ def test_a_cast_reports_what_it_did() -> None:
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
-def test_philox_known_answers(
-    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
-) -> None:
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
     assert tuple(_core.philox(counter, key)) == expected
 
 
@@ -385,9 +383,7 @@ def digest() -> str:
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     code = "import test_cpu; from aqnsim import _core; print(_core.isa(), test_cpu.digest())"
     env = os.environ | {"AQNSIM_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     ran, found = done.stdout.split()
     if ran != isa:
         pytest.skip(f"this processor cannot run {isa}")

@@ -338,9 +338,7 @@ PHILOX = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
-def test_philox_known_answers(
-    counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]
-) -> None:
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, int], expected: tuple[int, ...]) -> None:
     assert reference.philox(np.array(counter, np.uint32), key).tolist() == list(expected)
 
 

@@ -44,9 +44,7 @@ def random_bits(n: int, seed: int) -> F32:
     return np.random.default_rng(seed).integers(0, 1 << 32, n, dtype=np.uint32).view(np.float32)
 
 
-EDGES = np.array(
-    [0.0, 2**-149, 2**-127, 2**-126, 1.0, 3.4028235e38, np.inf, np.nan], np.float32
-)
+EDGES = np.array([0.0, 2**-149, 2**-127, 2**-126, 1.0, 3.4028235e38, np.inf, np.nan], np.float32)
 
 
 def critical(fmt: Format) -> F32:

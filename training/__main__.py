@@ -50,9 +50,7 @@ def run_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
-    resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.")] = None,
 ) -> None:
     """Run an experiment; Ctrl-C leaves a run that --resume continues."""
     from training.run import run  # here, so that --help does not load torch

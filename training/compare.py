@@ -153,9 +153,7 @@ def _load(path: Path) -> Arm:
         raise ComparisonError(f"{path} is {status.state}{why}: only finished runs are compared")
     evaluation = directory.read_json(EVALUATION, Evaluation)
     if not evaluation.is_final:
-        raise ComparisonError(
-            f"{path}: its evaluation at step {evaluation.step} is not the final one"
-        )
+        raise ComparisonError(f"{path}: its evaluation at step {evaluation.step} is not the final one")
     if evaluation.fingerprint != directory.run.fingerprint:
         raise ComparisonError(
             f"{path} was trained under profile {directory.run.fingerprint[:12]}, but evaluated "
@@ -178,9 +176,7 @@ def _results(path: Path, mode: Mode, problems: Iterable[ProblemRecord]) -> dict[
     for problem in problems:
         if problem.mode == mode:
             if problem.problem_id in results:
-                raise ComparisonError(
-                    f"{path}: problem {problem.problem_id!r} is there twice ({mode})"
-                )
+                raise ComparisonError(f"{path}: problem {problem.problem_id!r} is there twice ({mode})")
             results[problem.problem_id] = problem.correct
     if not results:
         raise ComparisonError(f"{path} has no final {mode} results")

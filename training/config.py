@@ -197,8 +197,7 @@ class Algorithm(Table):
     def _sizes_agree(self) -> Self:
         if self.overlong_buffer >= self.max_new_tokens:
             raise ValueError(
-                f"overlong_buffer = {self.overlong_buffer} must be below "
-                f"max_new_tokens = {self.max_new_tokens}"
+                f"overlong_buffer = {self.overlong_buffer} must be below max_new_tokens = {self.max_new_tokens}"
             )
         completions = self.prompts_per_step * self.group_size
         if completions % self.micro_batch_size:

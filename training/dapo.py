@@ -27,6 +27,7 @@ import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -434,9 +435,16 @@ class DapoTrainer(GRPOTrainer):
             super(GRPOTrainer, self)._save_checkpoint(model, trial)  # past TRL's model card
             self._writing_to = self._directory
             self.accelerator.wait_for_everyone()
+            staged = self._directory / checkpoints.STAGING / f"checkpoint-{step}"
+            save_file(self.emulation.state_dict(), self._receipts_file(staged))
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.publish(self._directory, step, self.args.save_total_limit or 1)
             self.accelerator.wait_for_everyone()
+
+    def _receipts_file(self, checkpoint: Path) -> Path:
+        """This rank's counters: a resumed run ends with the receipts of an uninterrupted one."""
+        return checkpoint / f"receipts-rank{self.accelerator.process_index}.safetensors"
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
@@ -465,6 +473,12 @@ class DapoTrainer(GRPOTrainer):
                 f"{path.name} was trained under profile {trained['profile']!r} ({trained['fingerprint'][:12]}), not "
                 f"under {profile.name!r} ({profile.fingerprint[:12]}): a run is resumed under its own profile"
             )
+        receipts = self._receipts_file(path)
+        if not receipts.exists():
+            raise ConfigError(
+                f"{path.name} has no {receipts.name}: the run had fewer processes; resume it with as many as it had"
+            )
+        self.emulation.load_state_dict(load_file(receipts))
         if isinstance(self._policy, PeftModel):
             set_peft_model_state_dict(self._policy, load_peft_weights(str(path), device="cpu"))
         else:

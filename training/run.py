@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import sqrt
@@ -78,6 +79,7 @@ def run(
         RealisationError: something that was asked for did not happen.
         KeyboardInterrupt: the run was interrupted, and can be resumed.
     """
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # TRL's, about itself
     state = PartialState(cpu=not torch.cuda.is_available())
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
     if resume is None:
@@ -144,6 +146,7 @@ class Arm:
 
     def _trainer(self) -> DapoTrainer:
         algorithm = self.experiment.algorithm
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.directory.path / "tensorboard")
         self.recorder = StepRecorder(self.emulation, self.directory, self.console)
         return DapoTrainer(
             self.model,
@@ -203,6 +206,8 @@ class Arm:
         if trainer.is_world_process_zero():
             self._save_adapter()
             plot_run(self.directory.path, self.directory.path / "run.png")
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
     def _save_adapter(self) -> None:
         staging = self.directory.path / f".{ADAPTER}.tmp"
@@ -228,9 +233,7 @@ class StepRecorder(TrainerCallback):
     ) -> None:
         self._start = self.emulation.snapshot(reduce=True)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Attest the step.
 
         Raises:

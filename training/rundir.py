@@ -104,9 +104,7 @@ class RunDirectory:
         return directory
 
     @classmethod
-    def open(
-        cls, path: Path, experiment: Experiment | None = None, *, rank: int = 0
-    ) -> RunDirectory:
+    def open(cls, path: Path, experiment: Experiment | None = None, *, rank: int = 0) -> RunDirectory:
         """Open an existing run; where `experiment` is given, it has to be the run's own.
 
         Raises:
@@ -124,8 +122,7 @@ class RunDirectory:
             )
         if experiment is not None and experiment.digest != own.digest:
             changes = ", ".join(
-                f"{change.key} ({change.a!r} there, {change.b!r} here)"
-                for change in config.diff(own, experiment)
+                f"{change.key} ({change.a!r} there, {change.b!r} here)" for change in config.diff(own, experiment)
             )
             raise RunDirectoryError(f"{path} is a run with other settings: {changes}")
         run = _validate(Run, _read(path / RUN), str(path / RUN))
@@ -187,10 +184,7 @@ class RunDirectory:
             RunDirectoryError: a line does not hold such a record.
         """
         path = self.path / name
-        return [
-            _validate(model, line, f"{path}, line {number}")
-            for number, line in enumerate(_lines(path), start=1)
-        ]
+        return [_validate(model, line, f"{path}, line {number}") for number, line in enumerate(_lines(path), start=1)]
 
     def set_status(self, state: State, message: str | None = None) -> None:
         """Record where the run stands."""
@@ -410,9 +404,7 @@ def _cpu_model() -> str:
 def _git(*arguments: str) -> str | None:
     """What git says of the checkout; None where there is no git, no checkout or no commit."""
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

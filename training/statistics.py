@@ -65,9 +65,7 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(float(low), float(high))
 
 
-def paired_difference(
-    a: Sequence[bool], b: Sequence[bool], confidence: float = 0.95
-) -> PairedDifference:
+def paired_difference(a: Sequence[bool], b: Sequence[bool], confidence: float = 0.95) -> PairedDifference:
     """Compare two arms by their results on the same problems, in the same order.
 
     Raises:
@@ -133,9 +131,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
-def minimum_detectable_effect(
-    n: int, discordance: float, alpha: float = 0.05, power: float = 0.8
-) -> float:
+def minimum_detectable_effect(n: int, discordance: float, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest paired difference that a two-sided McNemar test on n problems would detect.
 
     Solves Connor's sample size for the difference d at discordance w,

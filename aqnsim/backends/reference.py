@@ -25,7 +25,7 @@ def _numpy(x: Tensor) -> F32:
 def _held(values: F32, dtype: torch.dtype) -> tuple[Tensor, F32]:
     """Values as a tensor of ``dtype`` and, again, as the fp32 values that it holds."""
     held = reference.to_bf16(values) if dtype == torch.bfloat16 else np.asarray(values, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(held)).to(dtype), held
+    return torch.from_numpy(np.array(held, order="C")).to(dtype), held  # keeps 0 dimensions
 
 
 def _sum2(x: F32) -> float:
@@ -33,7 +33,8 @@ def _sum2(x: F32) -> float:
 
 
 def _different(a: F32, b: F32) -> int:
-    return int(np.sum(np.asarray(a).view(np.uint32) != np.asarray(b).view(np.uint32)))
+    other = np.asarray(a).view(np.uint32) != np.asarray(b).view(np.uint32)
+    return int(np.sum(other & ~(np.isnan(a) & np.isnan(b))))
 
 
 def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[Tensor, Tensor]:
@@ -42,13 +43,16 @@ def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[
     stats = torch.zeros(len(STATS), dtype=torch.float64)
     if measure:
         scaled = _scaled(values, f, axis)
+        with np.errstate(all="ignore"):
+            error = held - values
+        finite = np.isfinite(error)  # one Inf must not spoil the sums of all others
         stats[:] = torch.tensor(
             [
                 1,
                 values.size,
                 _different(held, values),
-                _sum2(held - values),
-                _sum2(values),
+                _sum2(np.where(finite, error, 0)),
+                _sum2(np.where(finite, values, 0)),
                 0,
                 0,
                 int(np.sum(np.abs(scaled) > element_of(f).max)),
@@ -61,8 +65,10 @@ def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[
 
 def _scaled(x: F32, f: object, axis: int) -> F32:
     """What reaches the element format: ``x`` times its block's factor."""
-    if not isinstance(f, BlockFormat) or x.ndim == 0:
+    if not isinstance(f, BlockFormat):
         return x
+    if x.ndim == 0:
+        return _scaled(x.reshape(1), f, 0).reshape(())
     moved = np.moveaxis(x, axis, -1)
     n, count = moved.shape[-1], -(-moved.shape[-1] // f.block)
     padded = np.zeros((*moved.shape[:-1], count * f.block), np.float32)
@@ -103,6 +109,9 @@ def perturb(
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
     model, before = parse(error), _numpy(y)
+    count = y.numel() // y.shape[-1] if y.dim() and y.shape[-1] else int(y.dim() == 0)
+    if rows is not None and (rows.numel() != count or rows.dtype != torch.int64):
+        raise ConfigError(f"perturb: expected {count} int64 rows, got {rows.numel()} of {rows.dtype}")
     after = reference.perturb(before, model, key, int(step), None if rows is None else rows.reshape(-1).numpy())
     out, held = _held(after, dtype or y.dtype)
     stats = torch.zeros(len(STATS), dtype=torch.float64)

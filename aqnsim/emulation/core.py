@@ -29,6 +29,31 @@ class ReceiptTotals:
     totals: Tensor
 
 
+@dataclass(frozen=True)
+class _Frozen:
+    """A frozen weight, what it was before the profile was attached, and cast(W), which it holds."""
+
+    site: str
+    weight: nn.Parameter
+    master: Tensor
+    value: Tensor
+    digest: int
+
+    def check(self) -> None:
+        """Refuse to put the master back over something that was written since."""
+        if _digest(self.weight.data) != self.digest:
+            raise ConfigError(
+                f"the frozen weight of {self.site!r} was changed since the profile was attached (a merged adapter, a "
+                "loaded state dict?): going back to the clean weight would lose that; unmerge or reload first"
+            )
+
+
+def _digest(t: Tensor) -> int:
+    """A sum over the bits, to notice that a tensor was written."""
+    bits = t.view(torch.int32 if t.dtype == torch.float32 else torch.int16)
+    return int(bits.sum(dtype=torch.int64))
+
+
 class Emulation:
     """A profile at work on a model. Made by :func:`aqnsim.emulate`; a context manager that restores and checks.
 
@@ -50,7 +75,7 @@ class Emulation:
         self._phase = "train"
         self._sequences: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
-        self._masters: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._masters: list[_Frozen] = []
         self._sigmas: set[float] = set()  # every sigma that a step asked for
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emulation:
@@ -292,18 +317,27 @@ class Emulation:
         value, stats = torch.ops.aqnsim.cast(master, fmt, -1, "nearest-even", True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
-        self._masters.append((weight, master, value))
+        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value)))
 
     def _hold(self, masters: bool) -> None:
-        for weight, master, value in self._masters:
-            weight.data = master if masters else value
+        if masters:
+            for frozen in self._masters:
+                frozen.check()
+        for frozen in self._masters:
+            held = frozen.master if masters else frozen.value
+            frozen.weight.data = held.to(frozen.weight.device)  # the model may have moved since
 
-    def is_materialised(self, weight: nn.Parameter) -> bool:
-        return any(w is weight for w, _, _ in self._masters)
+    def restore(self, keep_weights: bool = False) -> None:
+        """Give the model back as it was: classes, weights, hooks. Receipts stay readable.
 
-    def restore(self) -> None:
-        """Give the model back as it was: classes, weights, hooks. Receipts stay readable."""
-        self._hold(masters=True)
+        Args:
+            keep_weights: leave frozen weights as they are now, such as cast(W) + BA after merging an adapter.
+
+        Raises:
+            ConfigError: a frozen weight was changed since the profile was attached, and is not to be kept.
+        """
+        if not keep_weights:
+            self._hold(masters=True)
         self._masters.clear()
         while self._undo:
             self._undo.pop()()

@@ -38,11 +38,13 @@ def _checked_format(name: str | None, where: str) -> None:
         formats.get(name)
 
 
-def _checked_error(text: str | None, where: str) -> None:
-    if text is not None:
-        if not isinstance(text, str):
-            raise ConfigError(f"{where}: expected an error model's text, got {text!r}")
-        errors.parse(text)
+def _canonical_error(text: str | None, where: str) -> str | None:
+    """One text for one error model, so that ``5e-2`` and ``0.05`` have the same fingerprint."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected an error model's text, got {text!r}")
+    return str(errors.parse(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class Forward:
     def __post_init__(self) -> None:
         _checked_format(self.input, "forward.input")
         _checked_format(self.weight, "forward.weight")
-        _checked_error(self.error, "forward.error")
+        object.__setattr__(self, "error", _canonical_error(self.error, "forward.error"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Backward:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        _checked_error(self.error, "backward error")
+        object.__setattr__(self, "error", _canonical_error(self.error, "backward error"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,20 @@ def _globs(value: Any, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _rule(table: dict[str, Any], where: str) -> Rule:
+    """A rule from its table, in which the parts of the OpSpec stand beside ``kind`` and ``sites``."""
+    known = ["kind", "sites", *_NESTED]
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
+    spec = _build(OpSpec, {k: v for k, v in table.items() if k in _NESTED}, where)
+    own = {k: v for k, v in table.items() if k not in _NESTED}
+    if "sites" in own:
+        own["sites"] = _globs(own["sites"], f"{where}: sites")
+    rule: Rule = _build(Rule, {**own, "spec": spec}, where)
+    return rule
+
+
 def from_toml(text: str, where: str = "profile") -> Profile:
     """A profile from TOML text.
 
@@ -200,13 +216,10 @@ def from_toml(text: str, where: str = "profile") -> Profile:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where}: not valid TOML: {error}") from error
-    rules = []
-    for i, rule in enumerate(table.pop("rule", [])):
-        at = f"{where}: rule {i + 1}"
-        spec = {k: rule.pop(k) for k in _NESTED if k in rule}
-        if "sites" in rule:
-            rule["sites"] = _globs(rule["sites"], f"{at}: sites")
-        rules.append(_build(Rule, {**rule, "spec": _build(OpSpec, spec, at)}, at))
+    tables = table.pop("rule", [])
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise ConfigError(f"{where}: expected [[rule]] tables, got rule = {tables!r}")
+    rules = [_rule(t, f"{where}: rule {i + 1}") for i, t in enumerate(tables)]
     if not isinstance(table.get("source"), dict) or not table["source"]:
         raise ConfigError(f"{where}: a [source] table must say where the choices come from")
     if "rules" in table:

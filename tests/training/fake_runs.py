@@ -66,9 +66,7 @@ def weight_receipt(layer: int, role: str) -> dict[str, object]:
     }
 
 
-def problem_rows(
-    answers: dict[Mode, Sequence[bool]], step: int, is_final: bool, first: int
-) -> list[ProblemRecord]:
+def problem_rows(answers: dict[Mode, Sequence[bool]], step: int, is_final: bool, first: int) -> list[ProblemRecord]:
     """One row for each mode and problem; before the end only every second one can be right."""
     return [
         ProblemRecord(
@@ -115,9 +113,7 @@ def write_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WriteRun:
             run.append_jsonl(RECEIPTS, {"step": step, "receipts": []})
         run.append_jsonl(PROBLEMS, *problem_rows(answers, steps, True, first_problem))
         roles = ("q_proj", "o_proj")
-        run.write_json(
-            FINAL_RECEIPTS, [weight_receipt(i, role) for i in range(4) for role in roles]
-        )
+        run.write_json(FINAL_RECEIPTS, [weight_receipt(i, role) for i in range(4) for role in roles])
         scores = {mode: Score.of(sum(rows), len(rows)) for mode, rows in answers.items()}
         evaluation = Evaluation(
             step=steps,

@@ -136,6 +136,12 @@ class StubEmulation:
             self._phase = outer
             self._norm.weight.data = clean
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"steps": torch.tensor(self.steps)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.restored = state
+
     @contextmanager
     def off(self) -> Iterator[None]:
         with self.phase("off"):

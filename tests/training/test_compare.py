@@ -40,8 +40,7 @@ def test_a_small_difference_is_no_finding(write_run: WriteRun) -> None:
     comparison = compare(a.path, b.path)
     assert comparison.verdict.kind == "no finding"
     assert comparison.verdict.text == (
-        "no finding: the difference of +1.5 points is below the minimum detectable effect of "
-        "3.9 points at n=200"
+        "no finding: the difference of +1.5 points is below the minimum detectable effect of 3.9 points at n=200"
     )
     assert comparison.verdict.text in text(comparison)
 
@@ -98,9 +97,7 @@ def test_an_undeclared_difference_takes_the_finding_away(
     assert f"also differ in {key}" in comparison.verdict.text
 
 
-def test_other_code_is_an_undeclared_difference(
-    write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_code_is_an_undeclared_difference(write_run: WriteRun, monkeypatch: pytest.MonkeyPatch) -> None:
     a = write_run("e12")
     changed = {"python": "3.11.7", "git": {"revision": "beef", "dirty": True}}
     monkeypatch.setattr(rundir, "environment", lambda: changed)
@@ -163,9 +160,7 @@ def test_scores_that_do_not_fit_the_problems_are_refused(write_run: WriteRun) ->
     a, b = write_run("e12"), write_run("e6a-lora-mxfp4")
     score = {"accuracy": 1.0, "correct": 2, "n": 2, "wilson": [0.3, 1.0]}
     edit(a, EVALUATION, emulated=score)
-    with pytest.raises(
-        ComparisonError, match=r"says 2 of 2 emulated, problems\.jsonl holds 1 of 2"
-    ):
+    with pytest.raises(ComparisonError, match=r"says 2 of 2 emulated, problems\.jsonl holds 1 of 2"):
         compare(a.path, b.path)
 
 

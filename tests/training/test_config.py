@@ -74,9 +74,7 @@ def test_missing_preset_is_named() -> None:
 
 
 def test_unknown_names_get_a_suggestion() -> None:
-    with pytest.raises(
-        UnknownNameError, match=r"unknown experiment 'e13' \(did you mean 'e12'\?\)"
-    ):
+    with pytest.raises(UnknownNameError, match=r"unknown experiment 'e13' \(did you mean 'e12'\?\)"):
         load("e13", "smoke")
     with pytest.raises(UnknownNameError, match=r"unknown preset 'smok' \(did you mean 'smoke'\?\)"):
         load("e12", "smok")
@@ -154,9 +152,7 @@ def test_steps_follow_from_the_epochs() -> None:
 
 def test_extends_is_a_deep_merge_along_a_chain(write: Write) -> None:
     write("parent", 'extends = "e12"\n[question]\nask = "?"\n[lora]\nrank = 4')
-    child = load(
-        write("child", 'extends = "parent.toml"\n[question]\nask = "?"\n[lora]\nalpha = 2'), "smoke"
-    )
+    child = load(write("child", 'extends = "parent.toml"\n[question]\nask = "?"\n[lora]\nalpha = 2'), "smoke")
     assert (child.lora.rank, child.lora.alpha, child.lora.dtype) == (4, 2, "bfloat16")
     assert child.id == "child"
 
@@ -196,9 +192,7 @@ def test_undeclared_difference_from_the_control_is_refused(write: Write) -> None
     text = QUESTION.format("['aqn']") + "[lora]\nrank = 8"
     with pytest.raises(ConfigError, match=r"differs from its control.*lora\.rank.*only aqn"):
         load(write("mine", text), "smoke")
-    assert load(
-        write("fine", QUESTION.format("['aqn', 'lora.rank']") + "[lora]\nrank = 8"), "smoke"
-    )
+    assert load(write("fine", QUESTION.format("['aqn', 'lora.rank']") + "[lora]\nrank = 8"), "smoke")
 
 
 def test_declared_difference_that_does_not_exist_is_refused(write: Write) -> None:

@@ -31,9 +31,7 @@ def test_a_finished_run_gives_a_picture(write_run: WriteRun, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("missing", [PROBLEMS, EVALUATION, FINAL_RECEIPTS])
-def test_an_unfinished_run_can_be_plotted(
-    write_run: WriteRun, tmp_path: Path, missing: str
-) -> None:
+def test_an_unfinished_run_can_be_plotted(write_run: WriteRun, tmp_path: Path, missing: str) -> None:
     run = write_run(state="interrupted")
     (run.path / missing).unlink()
     assert shape_of(plot_run(run.path, tmp_path / "run.png"))

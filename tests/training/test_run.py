@@ -97,9 +97,7 @@ def test_compare_refuses_a_winner_in_a_run_this_small(e12: Path, control: Path) 
 
 def test_control_and_arm_see_the_same_problems_and_start_from_the_same_model(e12: Path, control: Path) -> None:
     def start(path: Path) -> list[tuple[Any, ...]]:
-        return [
-            (r["problem_id"], r["mode"], r["completion"]) for r in rows(path, "problems.jsonl") if r["step"] == 0
-        ]
+        return [(r["problem_id"], r["mode"], r["completion"]) for r in rows(path, "problems.jsonl") if r["step"] == 0]
 
     assert start(e12) == start(control)
 

@@ -49,9 +49,7 @@ def refuse_writes(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(os, "write", write)
 
 
-def test_names_are_unique_and_tell_what_ran(
-    create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_unique_and_tell_what_ran(create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
     class Frozen(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> datetime:
@@ -85,9 +83,7 @@ def test_a_run_is_described_completely(create: Create) -> None:
     assert run.status.state == "running"
 
 
-def test_no_variable_of_the_environment_is_written(
-    create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_variable_of_the_environment_is_written(create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hush-hush")
     run = create()
     assert all(b"hush-hush" not in path.read_bytes() for path in run.path.iterdir())
@@ -123,9 +119,7 @@ def test_open_refuses_an_edited_config(create: Create) -> None:
         ("run.json", "{}", "created: Field required"),
     ],
 )
-def test_open_refuses_what_is_no_run(
-    create: Create, name: str, text: str | None, message: str
-) -> None:
+def test_open_refuses_what_is_no_run(create: Create, name: str, text: str | None, message: str) -> None:
     run = create()
     path = run.path / name
     path.unlink() if text is None else path.write_text(text)
@@ -171,9 +165,7 @@ def test_a_bare_nan_is_refused(create: Create) -> None:
         create().write_json("x.json", {"values": [1.0, math.nan]})
 
 
-def test_full_disk_leaves_the_previous_file(
-    create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_the_previous_file(create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create()
     run.write_json("receipts.json", {"old": 1})
     with monkeypatch.context() as patch:
@@ -184,9 +176,7 @@ def test_full_disk_leaves_the_previous_file(
     assert not [path for path in run.path.iterdir() if path.suffix == ".tmp"]
 
 
-def test_full_disk_leaves_the_previous_lines(
-    create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_the_previous_lines(create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create()
     run.append_jsonl(METRICS, metrics_row(1))
     with monkeypatch.context() as patch:
@@ -218,9 +208,7 @@ def test_a_failure_is_recorded_with_its_reason(create: Create) -> None:
     assert (run.status.state, run.status.message) == ("failed", "RuntimeError: boom")
 
 
-def test_a_full_disk_does_not_hide_the_failure(
-    create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_does_not_hide_the_failure(create: Create, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create()
 
     def fail() -> None:
@@ -280,9 +268,7 @@ def test_resume_of_a_finished_run_is_refused(write_run: WriteRun) -> None:
         write_run().resume(3)
 
 
-def test_resume_records_what_changed_in_the_environment(
-    write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_records_what_changed_in_the_environment(write_run: WriteRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(state="failed")
     changed = {"python": "3.12.0", "git": {"revision": "c0ffee", "dirty": False}}
     monkeypatch.setattr(rundir, "environment", lambda: changed)

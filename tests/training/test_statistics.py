@@ -23,9 +23,7 @@ from training.statistics import (
 
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 pairs = st.integers(1, 300).flatmap(
-    lambda n: st.integers(0, n).flatmap(
-        lambda b: st.tuples(st.just(b), st.integers(0, n - b), st.just(n))
-    )
+    lambda n: st.integers(0, n).flatmap(lambda b: st.tuples(st.just(b), st.integers(0, n - b), st.just(n)))
 )
 
 
@@ -34,9 +32,7 @@ pairs = st.integers(1, 300).flatmap(
 def test_wilson_is_that_of_statsmodels(count: tuple[int, int]) -> None:
     correct, n = count
     interval = wilson(correct, n)
-    assert (interval.low, interval.high) == pytest.approx(
-        proportion_confint(correct, n, method="wilson"), abs=1e-12
-    )
+    assert (interval.low, interval.high) == pytest.approx(proportion_confint(correct, n, method="wilson"), abs=1e-12)
     assert correct / n in interval
 
 

@@ -1,0 +1,112 @@
+"""Rewrite the tables of the documentation from the registries; ``--check`` only says whether they are current.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``; ``<!-- table: NAME (column, ...) -->``
+keeps some of its columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from aqnsim import errors
+from aqnsim._errors import AqnsimError, ConfigError, unknown
+from aqnsim.cli import Table, backend_table, format_table, profile_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/semantics.md")
+
+_BLOCK = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+
+
+def error_table() -> Table:
+    """Every error model: its kind in a profile, its parameters and the first line of its documentation."""
+    rows: Table = [("kind", "parameters", "definition")]
+    for kind, model in errors.MODELS.items():
+        fields = ", ".join(f.name for f in dataclasses.fields(model))
+        rows.append((kind, fields, (model.__doc__ or "").splitlines()[0].replace("``", "`")))
+    return rows
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "backends": backend_table,
+    "errors": error_table,
+    "formats": format_table,
+    "profiles": profile_table,
+}
+
+
+def markdown(table: Table) -> str:
+    """A table in GitHub's Markdown."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
+    return "\n".join([lines[0], "| " + " | ".join("---" for _ in table[0]) + " |", *lines[1:]]) + "\n"
+
+
+def selected(table: Table, columns: Sequence[str]) -> Table:
+    """Some columns of a table, in the order asked for.
+
+    Raises:
+        UnknownNameError: there is no such column.
+    """
+    for column in columns:
+        if column not in table[0]:
+            raise unknown("column", column, table[0])
+    places = [table[0].index(column) for column in columns]
+    return [tuple(row[i] for i in places) for row in table]
+
+
+def generated(text: str) -> str:
+    """A page with its tables as the registries have them now.
+
+    Raises:
+        ConfigError: the page has no table.
+        UnknownNameError: there is no such table or column.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        start, name, columns, _, end = match.groups()
+        if name not in TABLES:
+            raise unknown("table", name, TABLES)
+        table = TABLES[name]()
+        if columns:
+            table = selected(table, columns.split(", "))
+        return f"{start}{markdown(table)}{end}"
+
+    text, count = _BLOCK.subn(replace, text)
+    if not count:
+        raise ConfigError("no table is marked: expected <!-- table: NAME --> and <!-- end of table -->")
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Rewrite the tables of the documentation from the registries.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a table is stale")
+    only_check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        before = path.read_text(encoding="utf-8")
+        try:
+            after = generated(before)
+        except AqnsimError as error:
+            print(f"{page}: {error}", file=sys.stderr)
+            return 2
+        if after == before:
+            continue
+        stale.append(page)
+        if not only_check:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(after, encoding="utf-8")
+            os.replace(temporary, path)
+    if stale:
+        print(f"{'stale' if only_check else 'rewritten'}: {', '.join(stale)}")
+    return 1 if stale and only_check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

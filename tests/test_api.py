@@ -1,0 +1,248 @@
+"""What users call on tensors: cast, quantize and perturb, as properties that hold for any input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor
+from values import all_bf16, random_bits, same_bits
+
+import aqnsim
+from aqnsim import ConfigError, NoiseKey, RelativeGaussian, UnknownNameError, formats
+from aqnsim.formats import BlockFormat, Format, element_of
+
+KEY = NoiseKey(seed=0, site="demo", step=0)
+NAMES = [*formats.ALL, "e3m4"]
+NARROW = [n for n in NAMES if element_of(formats.get(n)).bits <= 8]
+SCALARS = [n for n in NAMES if isinstance(formats.get(n), Format)]
+MX = [n for n in NAMES if isinstance(f := formats.get(n), BlockFormat) and f.scale == "e8m0-floor"]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+properties = settings(max_examples=30, deadline=None, derandomize=True)
+arrays = hnp.arrays(
+    "float32",
+    hnp.array_shapes(min_dims=1, max_dims=3, max_side=70),
+    elements=st.floats(-1e6, 1e6, width=32) | st.floats(-1, 1, width=32),
+)
+ordinary = hnp.arrays("float32", st.integers(1, 100), elements=st.integers(-4096, 4096).map(lambda i: i / 64))
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+
+
+# ---- cast --------------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(), (7,), (3, 50), (2, 3, 40), (0,), (4, 0)])
+def test_cast_keeps_shape_and_dtype_and_leaves_its_input(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = tensor(*shape, dtype=dtype)
+    before = x.clone()
+    y = aqnsim.cast(x, name)
+    assert y.shape == x.shape
+    assert y.dtype == dtype
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@properties
+@given(x=arrays, data=st.data())
+def test_cast_is_idempotent(name: str, x: object, data: st.DataObject) -> None:
+    t = torch.from_numpy(x)
+    axis = data.draw(st.integers(0, t.dim() - 1))
+    once = aqnsim.cast(t, name, axis=axis)
+    if name != "nvfp4":  # its second level depends on the largest value, which rounding moves
+        assert same_bits(aqnsim.cast(once, name, axis=axis), once)
+    assert once.shape == t.shape
+
+
+@pytest.mark.parametrize("name", NAMES)
+@properties
+@given(x=arrays)
+def test_cast_is_odd(name: str, x: object) -> None:
+    t = torch.from_numpy(x)
+    assert same_bits(aqnsim.cast(-t, name), -aqnsim.cast(t, name))
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_casts_of_scalar_formats_never_decrease(name: str) -> None:
+    for x in (all_bf16(), random_bits(200_000, seed=1)):
+        t = torch.from_numpy(x.copy())
+        y = aqnsim.cast(t[~t.isnan()].sort().values, name)
+        assert bool((y[1:] >= y[:-1]).all())
+
+
+@pytest.mark.parametrize("name", MX)
+@properties
+@given(x=ordinary, exponent=st.integers(-40, 40))
+def test_mx_formats_do_not_see_a_power_of_two(name: str, x: object, exponent: int) -> None:
+    t = torch.from_numpy(x)
+    factor = 2.0**exponent
+    assert same_bits(aqnsim.cast(t * factor, name), aqnsim.cast(t, name) * factor)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@properties
+@given(x=ordinary)
+def test_cast_errs_by_at_most_half_a_step(name: str, x: object) -> None:
+    t = torch.from_numpy(x)
+    element = element_of(formats.get(name))
+    error = (aqnsim.cast(t, name) - t).abs()
+    if isinstance(formats.get(name), Format):
+        inside = t.abs() <= element.max
+        step = torch.maximum(t.abs() * element.eps, torch.tensor(element.min_subnormal))
+        assert bool((error[inside] <= step[inside] / 2).all())
+    else:  # a quarter of the block's largest value is the widest that the top of E2M1 leaves
+        assert bool((error <= t.abs().max() / 4).all())
+
+
+# ---- quantize ----------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("shape", [(1,), (7,), (33,), (3, 50), (35, 3, 41), (), (0,), (3, 0)])
+def test_dequantize_is_cast(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = tensor(*shape, dtype=dtype)
+    for axis in range(-max(x.dim(), 1), max(x.dim(), 1)):
+        q = aqnsim.quantize(x, name, axis=axis)
+        assert same_bits(q.dequantize(), aqnsim.cast(x, name, axis=axis))
+
+
+@pytest.mark.parametrize("name", [n for n in NARROW if isinstance(formats.get(n), BlockFormat)])
+def test_dequantize_is_cast_for_blocks_of_any_magnitude(name: str) -> None:
+    bits = torch.from_numpy(random_bits(64_000, seed=2).copy()).view(-1, 64)
+    gentle = torch.randn(500, 64) * torch.exp2(torch.randint(-145, 120, (500, 1)))
+    zeros = torch.zeros(2, 64)
+    for x in (bits, gentle, zeros, -zeros):
+        assert same_bits(aqnsim.quantize(x, name).dequantize(), aqnsim.cast(x, name))
+
+
+def test_codes_and_scales_of_mxfp4() -> None:
+    x = torch.zeros(2, 33)
+    x[0, :4] = torch.tensor([6.0, -0.5, 1.0, -6.0])
+    x[1, 32] = 3.0
+    q = aqnsim.quantize(x, "mxfp4")
+    assert q.codes.dtype == torch.uint8
+    assert q.codes.shape == (2, 17)
+    # the even index is the low nibble; 0x7 is 6, 0x9 is -0.5, 0x2 is 1, 0xF is -6
+    assert q.codes[0, :3].tolist() == [0x97, 0xF2, 0x00]
+    assert q.codes[1, 16] == 0x07  # 3 is 6 times the scale 1/2, in a block of its own; the high nibble is padding
+    assert q.scales is not None
+    assert q.scales.dtype == torch.uint8
+    assert q.scales.tolist() == [[127, 0], [0, 126]]  # E8M0: 2^0; 2^-127 for zeros; 2^-1
+    assert q.tensor_scale == 1
+
+
+def test_codes_and_scales_of_nvfp4() -> None:
+    x = torch.zeros(32)
+    x[0], x[1], x[16] = 1.0, -0.5, 0.25
+    q = aqnsim.quantize(x, "nvfp4")
+    assert q.codes.shape == (16,)
+    assert q.codes[0] == 0xD7  # 1 is 6 steps of 1/6, -0.5 is -3
+    assert q.codes[8] == 0x07
+    assert q.scales is not None
+    assert q.scales.dtype == torch.float8_e4m3fn
+    assert q.scales.float().tolist() == [448, 112]
+    assert q.tensor_scale == torch.tensor(1.0) / 2688
+
+
+def test_a_nan_block_has_the_scale_code_of_nan() -> None:
+    x = torch.ones(64)
+    x[5] = torch.nan
+    q = aqnsim.quantize(x, "mxfp4")
+    assert q.scales is not None
+    assert q.scales.tolist() == [255, 125]
+
+
+def test_codes_of_a_scalar_format_are_those_of_the_format() -> None:
+    fmt = formats.get("fp8_e4m3")
+    assert isinstance(fmt, Format)
+    codes = [c for c in range(256) if abs(fmt.decode(c)) <= fmt.max]
+    q = aqnsim.quantize(torch.tensor([fmt.decode(c) for c in codes]), "fp8_e4m3")
+    assert q.codes.tolist() == codes
+    assert q.scales is None
+
+
+# ---- perturb -----------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+def test_perturb_is_a_function_of_its_arguments(dtype: torch.dtype) -> None:
+    y, error = tensor(6, 40, dtype=dtype), RelativeGaussian(0.05)
+    out = aqnsim.perturb(y, error, KEY)
+    assert out.dtype == dtype
+    assert same_bits(aqnsim.perturb(y, error, KEY), out)
+    for other in ({"seed": 1}, {"site": "x"}, {"step": 1}, {"phase": "eval"}, {"stream": "input"}):
+        assert not torch.equal(aqnsim.perturb(y, error, NoiseKey(**{**KEY.__dict__, **other})), out), other
+    rows = torch.tensor([3, 4])
+    assert same_bits(aqnsim.perturb(y[3:5], error, KEY, rows=rows), out[3:5])
+
+
+def test_noise_has_the_size_that_was_asked_for() -> None:
+    y = torch.full((1000, 1000), 2.0)
+    noise = (aqnsim.perturb(y, RelativeGaussian(0.05), KEY) - y) / 2
+    assert noise.std().item() == pytest.approx(0.05, rel=5e-3)
+    assert abs(noise.mean().item()) < 2e-4
+    noise = aqnsim.perturb(y, aqnsim.AbsoluteGaussian(0.05), KEY) - y
+    assert noise.std().item() == pytest.approx(0.05, rel=5e-3)
+
+
+# ---- clear errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.int8, torch.bool])
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    x = torch.ones(4, 32).to(dtype)
+    for call in (
+        lambda: aqnsim.cast(x, "mxfp4"),
+        lambda: aqnsim.quantize(x, "mxfp4"),
+        lambda: aqnsim.perturb(x, RelativeGaussian(0.1), KEY),
+    ):
+        with pytest.raises(ConfigError, match=f"expected a float32 or bfloat16 tensor, got {dtype}: convert it first"):
+            call()
+
+
+@pytest.mark.parametrize("axis", [2, -3, 100])
+def test_an_axis_out_of_range_is_refused(axis: int) -> None:
+    for function in (aqnsim.cast, aqnsim.quantize):
+        with pytest.raises(ConfigError, match=f"axis {axis} is out of range for a tensor of 2 dimensions"):
+            function(torch.ones(2, 3), "mxfp4", axis=axis)
+
+
+def test_unknown_names_come_with_the_closest() -> None:
+    x = torch.ones(4)
+    with pytest.raises(UnknownNameError, match="unknown format 'mxpf4' .did you mean 'mxfp4'"):
+        aqnsim.cast(x, "mxpf4")
+    with pytest.raises(UnknownNameError, match="unknown rounding 'nearest'.*did you mean 'nearest-even'"):
+        aqnsim.cast(x, "mxfp4", rounding="nearest")
+    with pytest.raises(AttributeError, match="did you mean 'quantize'"):
+        aqnsim.quantise  # noqa: B018
+
+
+def test_what_would_have_no_effect_is_refused() -> None:
+    with pytest.raises(ConfigError, match="draws no random bits"):
+        aqnsim.cast(torch.ones(4), "mxfp4", key=KEY)
+
+
+def test_other_mistakes_get_one_clear_error() -> None:
+    x = torch.ones(4)
+    with pytest.raises(ConfigError, match=r"expected a torch\.Tensor, got list"):
+        aqnsim.cast([1.0], "mxfp4")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="such as RelativeGaussian"):
+        aqnsim.perturb(x, 0.05, KEY)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="expected a NoiseKey"):
+        aqnsim.perturb(x, RelativeGaussian(0.1), 3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="expected 2 int64 rows, got 3"):
+        aqnsim.perturb(torch.ones(2, 4), RelativeGaussian(0.1), KEY, rows=torch.arange(3))
+    with pytest.raises(ConfigError, match="bf16 has 16-bit codes"):
+        aqnsim.quantize(x, "bf16")
+    with pytest.raises(ConfigError, match="cannot store the NaN or Inf"):
+        aqnsim.quantize(torch.tensor([torch.inf]), "fp8_e4m3")
+    for step in (-1, 1 << 32, 1.5):
+        with pytest.raises(ConfigError, match="step must be an integer"):
+            NoiseKey(step=step)  # type: ignore[arg-type]
