@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 import aqnsim
 from aqnsim import ConfigError, Emulation, RealisationError, Receipt, ReceiptTotals
@@ -79,6 +80,7 @@ def run(
         RealisationError: something that was asked for did not happen.
         KeyboardInterrupt: the run was interrupted, and can be resumed.
     """
+    disable_progress_bar()  # of loading weights: a line of progress per step is printed instead
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # TRL's, about itself
     state = PartialState(cpu=not torch.cuda.is_available())
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
@@ -108,13 +110,13 @@ class Arm:
         if aqn is not None:
             aqn.schedule.check(experiment.total_steps)  # before anything is loaded
         set_seed(seed)
-        table = experiment.task
+        task = experiment.task
         self.task: Task = load_task(
-            table.name, families=table.families, examples=table.examples, held_out=table.held_out
+            task.name, families=task.families, examples=task.examples, held_out=task.held_out
         )
-        self.train_problems = self.task.problems("train", table.prompts, seed)
+        self.train_problems = self.task.problems("train", task.prompts, seed)
         # The held-out problems are the same for every seed: runs are compared on them problem by problem.
-        self.eval_problems = self.task.problems("eval", table.eval_problems, 0)
+        self.eval_problems = self.task.problems("eval", task.eval_problems, 0)
         model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
         end_completions_at(model, self.tokenizer, self.task.end)
         self.model: PeftModel = attach_lora(model, experiment.lora, seed=seed)
