@@ -195,9 +195,9 @@ class AQN:
         for phase in self.phases:
             if phase not in PHASES:
                 raise unknown("phase", phase, PHASES)
-        for layer in self.multipliers:
-            if not isinstance(layer, int) or layer < 0:
-                raise ConfigError(f"AQN: a multiplier's layer index must be an integer >= 0, got {layer!r}")
+        for index in self.multipliers:
+            if not isinstance(index, int) or index < 0:
+                raise ConfigError(f"AQN: a multiplier's layer index must be an integer >= 0, got {index!r}")
         for layer, m in [*self.multipliers.items(), ("default", self.default_multiplier)]:
             if not (math.isfinite(m) and m >= 0):
                 raise ConfigError(f"AQN: the multiplier of layer {layer} must be finite and >= 0, got {m!r}")

@@ -146,7 +146,8 @@ class BlockFormat:
             raise unknown("scale rule", self.scale, get_args(ScaleRule))
         if self.scale == "e4m3-two-level" and self.element.max != 6.0:
             raise ConfigError(
-                f"format {self.name!r}: e4m3-two-level is defined for elements up to 6 (FP4 E2M1), got {self.element.name}"
+                f"format {self.name!r}: e4m3-two-level is defined for elements up to 6 (FP4 E2M1), "
+                f"got {self.element.name}"
             )
 
     @property

@@ -160,7 +160,9 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.spec, ctx.cast_weight, ctx.keys = spec, cast_weight, keys
     ctx.receipt = receipt  # only added to, never read by the gradient
     # x is needed for the weight's gradient alone; its shape is enough otherwise
-    ctx.save_for_backward(x if weight.requires_grad else None, weight, step, rows)
+    # and a frozen weight as it is now: the module may hold its master again when the backward runs
+    trains = weight.requires_grad
+    ctx.save_for_backward(x if trains else None, weight if trains else weight.detach(), step, rows)
 
 
 def _linear_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -76,6 +76,13 @@ class Receipt:
         return d
 
 
+def _decibel(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+
+
 def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stream: str, requested: str) -> Receipt:
     """A receipt from a vector of :data:`STATS`."""
     s = dict(zip(STATS, stats, strict=True))
@@ -86,7 +93,7 @@ def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stre
 
     sqnr = None
     if count:
-        sqnr = 10 * math.log10(s["reference2"] / s["error2"]) if s["error2"] and s["reference2"] else math.inf
+        sqnr = _decibel(s["reference2"], s["error2"])
     return Receipt(
         site=site,
         role=role,

@@ -19,6 +19,9 @@ from aqnsim._errors import ConfigError
 POSITION_BITS = 20
 """Low bits of a logical row that hold the token's position; the sequence's id stands above them."""
 
+MAX_SEQUENCE_BITS = 63 - POSITION_BITS
+"""Bits of a sequence's id: a logical row is a non-negative int64."""
+
 
 @lru_cache(maxsize=65536)
 def key_of(seed: int, site: str, phase: str, stream: str) -> int:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from aqnsim import backends
+
+# The tensors of these tests are too small for two threads to help; tests that need more set them.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
 
 
-# ---- cast --------------------------------------------------------------------------------------------------------------
+# ---- cast ----------------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -100,7 +100,7 @@ def test_cast_errs_by_at_most_half_a_step(name: str, x: object) -> None:
         assert bool((error <= t.abs().max() / 4).all())
 
 
-# ---- quantize ----------------------------------------------------------------------------------------------------------
+# ---- quantize ------------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -168,7 +168,7 @@ def test_codes_of_a_scalar_format_are_those_of_the_format() -> None:
     assert q.scales is None
 
 
-# ---- perturb -----------------------------------------------------------------------------------------------------------
+# ---- perturb -------------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -192,7 +192,7 @@ def test_noise_has_the_size_that_was_asked_for() -> None:
     assert noise.std().item() == pytest.approx(0.05, rel=5e-3)
 
 
-# ---- clear errors ------------------------------------------------------------------------------------------------------
+# ---- clear errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.int8, torch.bool])
@@ -216,9 +216,9 @@ def test_an_axis_out_of_range_is_refused(axis: int) -> None:
 
 def test_unknown_names_come_with_the_closest() -> None:
     x = torch.ones(4)
-    with pytest.raises(UnknownNameError, match="unknown format 'mxpf4' .did you mean 'mxfp4'"):
+    with pytest.raises(UnknownNameError, match=r"unknown format 'mxpf4' .did you mean 'mxfp4'"):
         aqnsim.cast(x, "mxpf4")
-    with pytest.raises(UnknownNameError, match="unknown rounding 'nearest'.*did you mean 'nearest-even'"):
+    with pytest.raises(UnknownNameError, match=r"unknown rounding 'nearest'.*did you mean 'nearest-even'"):
         aqnsim.cast(x, "mxfp4", rounding="nearest")
     with pytest.raises(AttributeError, match="did you mean 'quantize'"):
         aqnsim.quantise  # noqa: B018

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -51,7 +52,7 @@ def test_k_stage_over_29_steps() -> None:
 
 def test_k_stage_is_geometric() -> None:
     values = stairs(run(K10, 100))[1:]
-    ratios = [b / a for a, b in zip(values, values[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(values)]
     assert ratios == pytest.approx([0.01 ** (1 / 8)] * 8)
     assert values[0] == 0.05
     assert values[-1] == pytest.approx(0.0005, rel=1e-12)
@@ -149,7 +150,7 @@ def test_a_schedule_that_would_stay_at_zero_is_refused() -> None:
     K10.check(29)
 
 
-# ---- where the noise goes ----------------------------------------------------------------------------------------------
+# ---- where the noise goes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,9 @@ def test_multipliers_under_names_that_no_layer_has_are_refused() -> None:
 
 
 def test_other_targets_and_phases_are_refused() -> None:
-    with pytest.raises(UnknownNameError, match="unknown AQN target 'rmsnorms' .did you mean 'rmsnorm'"):
+    with pytest.raises(UnknownNameError, match=r"unknown AQN target 'rmsnorms' .did you mean 'rmsnorm'"):
         AQN(K10, targets="rmsnorms")
-    with pytest.raises(UnknownNameError, match="unknown phase 'rolout' .did you mean 'rollout'"):
+    with pytest.raises(UnknownNameError, match=r"unknown phase 'rolout' .did you mean 'rollout'"):
         AQN(K10, phases=("rolout",))
     with pytest.raises(ConfigError, match="phases is empty"):
         AQN(K10, phases=())

@@ -63,7 +63,7 @@ def assert_same_cast(x: Tensor, name: str, axis: int = -1, sums: bool = True) ->
     return got
 
 
-# ---- cast --------------------------------------------------------------------------------------------------------------
+# ---- cast ----------------------------------------------------------------------------------------------------------
 
 
 @every_format
@@ -172,7 +172,7 @@ def test_a_cast_reports_what_it_did() -> None:
     assert s["reference2"] == 36 + 42.25 + 0.0625 + 1 + 49
 
 
-# ---- Philox and the normal ---------------------------------------------------------------------------------------------
+# ---- Philox and the normal -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
@@ -234,7 +234,7 @@ def test_keys_tell_fields_apart() -> None:
     assert key_of(0, "a", "btrain", "output") != key_of(0, "ab", "train", "output")
 
 
-# ---- perturb -----------------------------------------------------------------------------------------------------------
+# ---- perturb -------------------------------------------------------------------------------------------------------
 
 MODELS = [RelativeGaussian(0.05), AbsoluteGaussian(0.3), RelativeGaussian(0.0)]
 every_model = pytest.mark.parametrize("model", MODELS, ids=str)
@@ -360,7 +360,7 @@ def test_other_dtypes_are_refused(backend: object, dtype: torch.dtype) -> None:
         backend.perturb(x, str(MODELS[0]), KEY, torch.tensor(0), None, None, False)  # type: ignore[attr-defined]
 
 
-# ---- every instruction set ---------------------------------------------------------------------------------------------
+# ---- every instruction set -----------------------------------------------------------------------------------------
 
 
 def digest() -> str:

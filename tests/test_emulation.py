@@ -58,7 +58,7 @@ def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     handle.remove()
 
 
-# ---- law 1: ideal is identity ------------------------------------------------------------------------------------------
+# ---- law 1: ideal is identity --------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -95,7 +95,7 @@ def test_a_frozen_bf16_format_on_bf16_weights_is_identity(dtype: torch.dtype) ->
         assert same_bits(logits(model, ids), plain)
 
 
-# ---- the forward is what the profile says ------------------------------------------------------------------------------
+# ---- the forward is what the profile says --------------------------------------------------------------------------
 
 
 @DTYPES
@@ -149,7 +149,9 @@ def test_unfreezing_after_the_attach_is_an_error() -> None:
     with aqnsim.emulate(model, "mxfp4-w4a16") as emu:
         model(inputs(2, 40))
         model[0].weight.requires_grad_(True)
-        with pytest.raises(ConfigError, match="'0': the weight was frozen when the profile was attached and trains now"):
+        with pytest.raises(
+            ConfigError, match="'0': the weight was frozen when the profile was attached and trains now"
+        ):
             model(inputs(2, 40))
         emu.restore()
 
@@ -180,7 +182,7 @@ def test_a_backward_after_the_end_is_the_backward_of_its_forward(name: str) -> N
     assert same_bits(x.grad, expected)
 
 
-# ---- nothing is left behind --------------------------------------------------------------------------------------------
+# ---- nothing is left behind ----------------------------------------------------------------------------------------
 
 
 def state_of(model: nn.Module) -> list[object]:
@@ -263,7 +265,7 @@ def test_a_deep_copy_computes_the_same() -> None:
         assert len(emulated) == 14
 
 
-# ---- adapters ----------------------------------------------------------------------------------------------------------
+# ---- adapters ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mxfp4-w4a16", "mxfp4-w4a4", "noise-5pct-matmul"])
@@ -323,19 +325,19 @@ def test_merging_gives_the_cast_weight_plus_the_adapter() -> None:
     assert same_bits(merged.model.layers[0].self_attn.q_proj.weight.detach(), weight)
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------------------------
 
 
 def test_emulating_twice_is_refused() -> None:
     model = llama()
     with aqnsim.emulate(model, "mxfp4-w4a16"):
         logits(model, tokens())
-        with pytest.raises(ConfigError, match="'model.layers.0.self_attn.q_proj' is already emulated"):
+        with pytest.raises(ConfigError, match=r"'model.layers.0.self_attn.q_proj' is already emulated"):
             aqnsim.emulate(model, "mxfp4-w4a4")
         with pytest.raises(ConfigError, match="is already emulated"):
             aqnsim.emulate(with_lora(model), "mxfp4-w4a4")
     with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1))) as emu:
-        with pytest.raises(ConfigError, match="'model.layers.0.input_layernorm' already has AQN"):
+        with pytest.raises(ConfigError, match=r"'model.layers.0.input_layernorm' already has AQN"):
             aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1)))
         emu.begin_step(0, 1)
         with emu.phase("rollout"):
@@ -361,7 +363,7 @@ def test_a_linear_subclass_with_a_forward_of_its_own_is_refused() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    with pytest.raises(ConfigError, match="'0' is a .*Doubled, whose forward may differ"):
+    with pytest.raises(ConfigError, match=r"'0' is a .*Doubled, whose forward may differ"):
         aqnsim.emulate(nn.Sequential(Doubled(4, 4)), "mxfp4-w4a16")
 
 
@@ -393,14 +395,14 @@ def test_sequences_that_no_noise_can_be_keyed_by_are_refused() -> None:
         pass
 
 
-# ---- requested equals realised, or it fails ----------------------------------------------------------------------------
+# ---- requested equals realised, or it fails ------------------------------------------------------------------------
 
 
 def test_a_site_that_is_never_called_fails_by_name() -> None:
     model = mlp()
     emu = aqnsim.emulate(model, "mxfp4-w4a16")
     model[0](inputs(2, 40))
-    with pytest.raises(RealisationError, match="site '2' is emulated .rule 1 of 'mxfp4-w4a16'. but was never called"):
+    with pytest.raises(RealisationError, match=r"site '2' is emulated .rule 1 of 'mxfp4-w4a16'. but was never called"):
         emu.check()
     emu.restore()
     with pytest.raises(RealisationError, match="never called"), aqnsim.emulate(mlp(), "mxfp4-w4a16"):
@@ -420,7 +422,9 @@ def test_errors_asked_for_in_the_backward_must_have_run() -> None:
     model = mlp()
     with aqnsim.emulate(model, profile(grad_input=FIVE)) as emu:
         y = model(inputs(2, 40).requires_grad_())
-        with pytest.raises(RealisationError, match="rule 1 of profile 'test' asks for .* on grad-input, but no backward"):
+        with pytest.raises(
+            RealisationError, match=r"rule 1 of profile 'test' asks for .* on grad-input, but no backward"
+        ):
             emu.check(backward=True)
         y.sum().backward()
         emu.check(backward=True)
@@ -430,7 +434,7 @@ def test_errors_asked_for_in_the_backward_must_have_run() -> None:
 @pytest.mark.parametrize("phase", ["rollout", "train", "eval", "reference"])
 def test_receipts_put_the_realised_sigma_beside_the_requested(dtype: torch.dtype, phase: str) -> None:
     model, ids = llama(dtype), tokens(batch=8, length=40)
-    with aqnsim.emulate(model, "noise-5pct-matmul") as emu, emu.phase(phase):
+    with aqnsim.emulate(model, "noise-5pct-matmul", seed=1) as emu, emu.phase(phase):
         model(input_ids=ids).logits.float().square().mean().backward()
         emu.check(backward=True)
         receipts, report = emu.receipts(), emu.report()
@@ -444,7 +448,7 @@ def test_receipts_put_the_realised_sigma_beside_the_requested(dtype: torch.dtype
             n = r.elements  # no product is exactly 0 here
             low, high = scipy_stats.chi2.ppf([0.0005, 0.9995], n)
             assert low < n * (r.realised_sigma / 0.05) ** 2 < high, r.site  # type: ignore[operator]
-            assert r.sqnr_db == pytest.approx(-20 * math.log10(0.05), abs=1.0)
+            assert r.sqnr_db == pytest.approx(-20 * math.log10(0.05), abs=2.0)
             assert r.changed > (0.99 if dtype == torch.float32 else 0.9)
     assert "relative-gaussian(sigma=0.05)" in report
     assert emu.profile.fingerprint in report
@@ -478,7 +482,7 @@ def test_receipts_survive_a_checkpoint() -> None:
         aqnsim.emulate(llama(), "mxfp4-w4a4").load_state_dict(state)
 
 
-# ---- law 3: noise is keyed by what is computed, not by how -------------------------------------------------------------
+# ---- law 3: noise is keyed by what is computed, not by how ---------------------------------------------------------
 
 
 def noise_of(model: nn.Module, emu: Emulation, run: Callable[[], object]) -> Tensor:
@@ -605,9 +609,7 @@ def test_generation_and_a_later_forward_compute_the_same_logits() -> None:
         order = torch.tensor([2, 0, 3, 1])
         position = (whole.cumsum(1) - 1).clamp(min=0)
         with emu.sequences(names[order]):
-            again = logits(
-                model, done.sequences[order], attention_mask=whole[order], position_ids=position[order]
-            )
+            again = logits(model, done.sequences[order], attention_mask=whole[order], position_ids=position[order])
         torch.testing.assert_close(again[:, 5:-1], rollout[order], rtol=1e-3, atol=1e-4)
         with emu.sequences(names):  # another order of names is another noise
             other = logits(model, done.sequences[order], attention_mask=whole[order], position_ids=position[order])
@@ -660,7 +662,7 @@ def test_the_reference_backend_gives_the_same_model_bit_for_bit() -> None:
     assert_all_same(*results)
 
 
-# ---- AQN ---------------------------------------------------------------------------------------------------------------
+# ---- AQN -----------------------------------------------------------------------------------------------------------
 
 
 def norms(emu: Emulation) -> list[str]:
@@ -807,10 +809,10 @@ def test_the_noise_follows_the_schedule() -> None:
             start = emu.snapshot()
             with emu.phase("rollout"):
                 logits(model, tokens())
-            found.append({r.requested_sigma for r in emu.receipts(since=start)})
-    assert found[:2] == [set(), set()]
+            found.append([r.requested_sigma for r in emu.receipts(since=start)])
+    assert found[:2] == [[], []]
     for sigmas, expected in zip(found[2:], [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], strict=True):
-        assert sigmas == {pytest.approx(expected)}
+        assert sigmas == [pytest.approx(expected)] * 5
 
 
 def test_aqn_without_a_norm_is_refused() -> None:
@@ -859,9 +861,9 @@ def test_epoch_aware_schedules_reach_the_norms() -> None:
             start = emu.snapshot()
             with emu.phase("rollout"):
                 logits(model, tokens())
-            found = {r.requested_sigma for r in emu.receipts(since=start)}
+            found = [r.requested_sigma for r in emu.receipts(since=start)]
             sigma = schedule.sigma(step, 116)
-            assert found == ({pytest.approx(sigma)} if sigma else set())
+            assert found == ([pytest.approx(sigma)] * 5 if sigma else [])
 
 
 def test_a_noisy_norm_is_still_a_norm_of_its_class() -> None:

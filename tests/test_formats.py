@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def test_values_ascend_from_zero_to_max(fmt: Format) -> None:
     assert values[0] == 0.0
     assert values[1] == fmt.min_subnormal
     assert values[-1] == fmt.max
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values))
     assert 1.0 + fmt.eps in values
 
 
@@ -176,7 +177,7 @@ def test_codes_outside_the_format_are_refused() -> None:
     ],
 )
 def test_element_formats_are_validated(change: dict[str, object]) -> None:
-    with pytest.raises((ConfigError, UnknownNameError), match="'mine'|wrap"):
+    with pytest.raises((ConfigError, UnknownNameError), match=r"'mine'|wrap"):
         dataclasses.replace(formats.get("fp4_e2m1"), name="mine", **change)
 
 
@@ -190,7 +191,7 @@ def test_element_formats_are_validated(change: dict[str, object]) -> None:
     ],
 )
 def test_block_formats_are_validated(change: dict[str, object]) -> None:
-    with pytest.raises((ConfigError, UnknownNameError), match="'mine'|e8m0-flor"):
+    with pytest.raises((ConfigError, UnknownNameError), match=r"'mine'|e8m0-flor"):
         dataclasses.replace(formats.get("mxfp4"), name="mine", **change)
 
 

@@ -39,7 +39,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad:
     return torch.randn(*shape, generator=g).to(dtype).requires_grad_(grad)
 
 
-# ---- torch's checks ----------------------------------------------------------------------------------------------------
+# ---- torch's checks ------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -97,7 +97,7 @@ def test_opcheck_record() -> None:
     torch.library.opcheck(OPS.record.default, (torch.zeros(3, 10), torch.ones(3, 10)))
 
 
-# ---- straight-through gradients ----------------------------------------------------------------------------------------
+# ---- straight-through gradients ------------------------------------------------------------------------------------
 
 
 def run_linear(
@@ -214,7 +214,7 @@ def test_a_frozen_weight_costs_no_cast_of_the_input_in_the_backward(monkeypatch:
     assert calls == [(8, 32, 1)]  # the weight, for grad-input
 
 
-# ---- composition -------------------------------------------------------------------------------------------------------
+# ---- composition ---------------------------------------------------------------------------------------------------
 
 
 @DTYPES
@@ -269,7 +269,7 @@ def test_both_backends_give_the_same_linear() -> None:
     torch.testing.assert_close(results[0][3], results[1][3], rtol=2e-4, atol=0)
 
 
-# ---- the error comes before the rounding -------------------------------------------------------------------------------
+# ---- the error comes before the rounding ---------------------------------------------------------------------------
 
 
 def stat(stats: Tensor, name: str) -> float:
@@ -324,7 +324,7 @@ def test_gradient_receipts_speak_of_what_was_stored(grad: str) -> None:
     assert clean.dtype == noisy.dtype == torch.bfloat16
 
 
-# ---- clear errors ------------------------------------------------------------------------------------------------------
+# ---- clear errors --------------------------------------------------------------------------------------------------
 
 
 def test_rows_that_do_not_fit_the_input_are_refused() -> None:

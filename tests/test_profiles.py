@@ -96,7 +96,7 @@ def test_the_first_rule_that_matches_wins_and_exclusions_win_over_all() -> None:
     assert p.rule_for("norm", "model.norm") is None
 
 
-# ---- fingerprints ------------------------------------------------------------------------------------------------------
+# ---- fingerprints --------------------------------------------------------------------------------------------------
 
 
 def test_shipped_profiles_have_different_fingerprints() -> None:
@@ -152,7 +152,7 @@ def test_the_meaning_of_a_format_is_part_of_the_fingerprint(monkeypatch: pytest.
     assert from_toml(TEXT).fingerprint != before
 
 
-# ---- bad profiles ------------------------------------------------------------------------------------------------------
+# ---- bad profiles --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,11 @@ def test_unknown_names_in_profiles_come_with_the_closest(old: str, new: str, mes
 
 
 def test_an_unknown_profile_names_the_closest() -> None:
-    with pytest.raises(UnknownNameError, match="unknown profile 'mxfp4-w4a61' .did you mean 'mxfp4-w4a16'"):
+    with pytest.raises(UnknownNameError, match=r"unknown profile 'mxfp4-w4a61' .did you mean 'mxfp4-w4a16'"):
         load("mxfp4-w4a61")
 
 
-# ---- specs as text -----------------------------------------------------------------------------------------------------
+# ---- specs as text -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", profiles.names())

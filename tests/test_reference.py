@@ -89,7 +89,7 @@ def test_parametric_formats_round_as_gfloat(exponent_bits: int, mantissa_bits: i
     assert np.array_equal(bits(reference.round_to(x, fmt)), bits(expected))
 
 
-# ---- MX ---------------------------------------------------------------------------------------------------------------
+# ---- MX -----------------------------------------------------------------------------------------------------------
 
 
 def blocks(n: int, block: int, seed: int) -> F32:
@@ -205,7 +205,7 @@ def test_blocks_run_along_the_axis(fmt: BlockFormat) -> None:
     assert not np.array_equal(reference.cast(x, fmt, axis=0), reference.cast(x, fmt, axis=2))
 
 
-# ---- NVFP4 ------------------------------------------------------------------------------------------------------------
+# ---- NVFP4 --------------------------------------------------------------------------------------------------------
 
 
 def test_nvfp4_equals_exact_rational_arithmetic() -> None:
@@ -267,7 +267,7 @@ def test_nvfp4_of_infinity_and_nan() -> None:
     assert np.isnan(reference.cast(pair(1.0, tensor=np.nan), NVFP4)).all()
 
 
-# ---- how good the formats are ------------------------------------------------------------------------------------------
+# ---- how good the formats are --------------------------------------------------------------------------------------
 
 
 def sqnr(x: F32, y: F32) -> float:
@@ -282,7 +282,7 @@ def test_sqnr_of_normal_weights(scale: float) -> None:
     assert 18.55 <= sqnr(x, reference.cast(x, MXFP4)) <= 18.95
 
 
-# ---- negative controls: what this suite must be able to tell apart -----------------------------------------------------
+# ---- negative controls: what this suite must be able to tell apart -------------------------------------------------
 
 
 def mx_by(x: F32, exponent: Callable[[F32], F32], round_half: Callable[[F32], F32]) -> F32:
@@ -324,7 +324,7 @@ def test_blocks_that_run_over_the_end_of_a_row_are_told_apart() -> None:
     assert not np.array_equal(flattened, reference.cast(x, MXFP4))
 
 
-# ---- Philox and the normal ---------------------------------------------------------------------------------------------
+# ---- Philox and the normal -----------------------------------------------------------------------------------------
 
 PHILOX = [
     ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

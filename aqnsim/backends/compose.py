@@ -14,7 +14,8 @@ from torch import Tensor
 from aqnsim._errors import ConfigError
 from aqnsim.profiles import OpSpec
 from aqnsim.receipts import STATS
-from aqnsim.rng import POSITION_BITS
+
+_SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, odd, as a signed integer
 
 Cast = Callable[..., tuple[Tensor, Tensor]]
 Perturb = Callable[..., tuple[Tensor, Tensor]]
@@ -119,10 +120,11 @@ def linear_ops(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
             grad_x, x_stats = gemm(g, wq, spec.grad_input.error, keys[1], rows)
             grad_x = grad_x.reshape(x.shape)
         if need_weight:
-            # A weight gradient has no token of its own: its rows are told apart by the batch's first token.
+            # A weight gradient has no token of its own: its rows are told apart by the batch's first token, spread
+            # over all 64 bits (the product wraps).
             own = None
             if rows is not None:
-                own = torch.arange(weight.shape[0], device=rows.device) + (rows[:1] << POSITION_BITS)
+                own = torch.arange(weight.shape[0], device=rows.device) + rows[:1] * _SPREAD
             xq, _ = operand(_rows_2d(x), spec.forward.input)
             grad_w, w_stats = gemm(g.t(), xq, spec.grad_weight.error, keys[2], own)
         return grad_x, grad_w, torch.stack([x_stats, w_stats])

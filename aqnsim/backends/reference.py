@@ -121,6 +121,7 @@ def perturb(
         measurable = np.isfinite(before) & ((before != 0) | (not relative))
         finite = np.isfinite(held)
         with np.errstate(all="ignore"):
+            shift = held - clean
             unit = before if relative else np.float32(1)
             injected = np.where(measurable, (after - before) / np.where(measurable, unit, 1), 0)
         stats[:] = torch.tensor(
@@ -128,7 +129,7 @@ def perturb(
                 1,
                 before.size,
                 _different(held, clean),
-                _sum2(np.where(finite, held - np.where(finite, clean, 0), 0)),
+                _sum2(np.where(np.isfinite(shift), shift, 0)),
                 _sum2(np.where(finite, before, 0)),
                 _sum2(injected),
                 int(measurable.sum()),

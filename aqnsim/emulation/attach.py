@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
-from aqnsim.aqn import AQN
+from aqnsim.aqn import AQN, layer_of
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.core import Binding, Emulation
 from aqnsim.emulation.modules import EmulatedLinear, NoisyNorm, noisy_class
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import OpSpec, Profile, load
 from aqnsim.receipts import PHASES, STATS, STREAMS
+from aqnsim.rng import POSITION_BITS
 
 
 def emulate(
@@ -113,12 +114,21 @@ def _check_linear(module: nn.Linear, name: str, shared: dict[int, list[str]]) ->
 
 def _norms(model: nn.Module, aqn: AQN, first: int) -> list[Site]:
     found: list[Site] = []
+    layers: set[int | None] = set()
     for name, module in st.host_modules(model):
         if isinstance(module, NoisyNorm):
             raise ConfigError(f"{name!r} already has AQN: restore() the first emulation before attaching another")
-        if aqn.multiplier(name) > 0 and st.norm_offset(module) is not None:
+        if st.norm_offset(module) is None:
+            continue
+        layers.add(layer_of(name))
+        if aqn.multiplier(name) > 0:
             role = name.rpartition(".")[2]
             found.append(Site(name, "norm", role, None, OpSpec(), module, first + len(found)))
+    if missing := sorted(set(aqn.multipliers) - layers):
+        raise ConfigError(
+            f"AQN: multipliers name layers {missing} that have no norm in {type(model).__name__}: "
+            "they would have no effect"
+        )
     if not found:
         raise ConfigError(
             f"AQN targets {aqn.targets} but {type(model).__name__} has none with a multiplier above 0 "
@@ -176,14 +186,24 @@ def _track_rows(emulation: Emulation, model: nn.Module) -> None:
         emulation.set_rows(batch, _positions(kwargs, batch, length, tokens.device))
 
     handle = decoder.register_forward_pre_hook(before, with_kwargs=True)
+    emulation.tracks_rows = True
     emulation.on_restore(handle.remove)
 
 
 def _positions(kwargs: dict[str, Any], batch: int, length: int, device: torch.device) -> Tensor:
-    """Logical positions ``[batch, length]``: padding does not count, cached tokens do."""
-    mask = kwargs.get("attention_mask")
+    """Logical positions ``[batch, length]``: padding does not count, cached tokens do.
+
+    Raises:
+        ConfigError: more tokens than a logical row has positions.
+    """
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1)[:, -length:]
-    cache = kwargs.get("past_key_values")
-    past = cache.get_seq_length() if cache is not None else 0
-    return torch.arange(past, past + length, device=device).expand(batch, length)
+        positions = mask.long().cumsum(-1) - 1
+    else:
+        past = cache.get_seq_length() if cache is not None else 0
+        positions = torch.arange(past + length, device=device).expand(batch, -1)
+    if positions.shape[1] > 1 << POSITION_BITS:
+        raise ConfigError(
+            f"noise is keyed by positions below 2^{POSITION_BITS}, but a sequence has {positions.shape[1]} tokens"
+        )
+    return positions[:, -length:]

@@ -16,7 +16,7 @@ from aqnsim.aqn import AQN
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
-from aqnsim.rng import POSITION_BITS, check_step, key_of
+from aqnsim.rng import MAX_SEQUENCE_BITS, POSITION_BITS, check_step, key_of
 
 _CALLS = STATS.index("calls")
 _CHANGED = STATS.index("changed")
@@ -70,6 +70,7 @@ class Emulation:
         self.total_steps: int | None = None
         self.step_tensor = torch.tensor(0)
         self.rows: Tensor | None = None
+        self.tracks_rows = False
         self.is_off = False
         self.totals = torch.zeros(0, len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64)
         self._phase = "train"
@@ -149,6 +150,15 @@ class Emulation:
         """
         if ids.dim() != 1 or ids.dtype != torch.int64:
             raise ConfigError(f"sequences: expected int64 ids of shape [batch], got {ids.dtype} {tuple(ids.shape)}")
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << MAX_SEQUENCE_BITS:
+            raise ConfigError(
+                f"sequences: expected 0 <= id < 2^{MAX_SEQUENCE_BITS}, got {int(ids.min())} .. {int(ids.max())}"
+            )
+        if any(s.spec.has_error for s in self.sites) and not self.tracks_rows:
+            raise ConfigError(
+                f"sequences: {type(self.model).__name__} has no token embeddings: its noise is keyed by the rows of "
+                "each input, and sequence ids would have no effect"
+            )
         before, self._sequences = self._sequences, ids
         try:
             yield self
@@ -399,4 +409,3 @@ class Binding:
         if e.is_off or e.aqn is None or e.current_phase not in e.aqn.phases:
             return 0.0
         return e.sigma * e.aqn.multiplier(self.site.name)
-

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from aqnsim.emulation.core import Binding
 from aqnsim.errors import AbsoluteGaussian
+from aqnsim.profiles import Forward
 
 
 class EmulatedLinear(nn.Linear):
@@ -46,6 +47,8 @@ class EmulatedLinear(nn.Linear):
         torch.ops.aqnsim.record(receipt[:3], result[1])
         if not cast_weight and spec.forward.weight is not None:
             site.count_call("weight")
+        elif spec.forward == Forward():  # only gradients miss: no stream has counted this call
+            site.count_call("output")
         return result[0]
 
 

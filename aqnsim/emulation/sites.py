@@ -81,7 +81,7 @@ def norm_offset(module: nn.Module) -> float | None:
     n = weight.numel()
     x = torch.cos(torch.arange(n, device=weight.device).float()) * 3 + 0.5
     with torch.no_grad():
-        y = module(x.to(weight.dtype)[None])[0]
+        y = module.forward(x.to(weight.dtype)[None])[0]  # not the module's hooks: this is no forward of the model
     unit = unit_rms(x.to(weight.dtype), module)
     for offset in (0.0, 1.0):
         if torch.allclose(y.float(), (offset + weight.detach().float()) * unit, rtol=0.02, atol=1e-3):
@@ -95,6 +95,8 @@ def norm_eps(module: nn.Module) -> float | None:
         value = getattr(module, name, None)
         if isinstance(value, float):
             return value
+    if isinstance(module, nn.RMSNorm) and isinstance(module.weight, nn.Parameter):
+        return torch.finfo(module.weight.dtype).eps  # its default
     return None
 
 

@@ -248,7 +248,11 @@ def load(profile: str | Path | Profile) -> Profile:
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(f"profile {str(path)!r}: no such file")
-        return from_toml(path.read_text(), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"profile {str(path)!r}: not UTF-8 text: {error}") from error
+        return from_toml(text, str(path))
     if str(profile) not in names():
         raise unknown("profile", str(profile), names())
     text = (resources.files(__name__) / f"{profile}.toml").read_text()

@@ -381,7 +381,7 @@ AQN_HD void measure_perturb(const float* before, const float* after, const float
       const bool measurable = is_finite(y) && (Kind == ErrorKind::kAbsoluteGaussian || y != 0.0f);
       const float unit = Kind == ErrorKind::kRelativeGaussian && measurable ? y : 1.0f;
       const float injected = measurable ? (after[i + j] - y) / unit : 0.0f;
-      sums.error2[j] += finite ? e * e : 0.0f;
+      sums.error2[j] += is_finite(e) ? e * e : 0.0f;
       sums.reference2[j] += finite ? y * y : 0.0f;
       sums.injected2[j] += injected * injected;
       sums.injected_n[j] += measurable ? 1 : 0;

@@ -1,4 +1,4 @@
-"""Whole runs of the smoke preset: what a user gets, what a failure looks like, and that a resumed run is the same run."""
+"""Whole runs of the smoke preset: what a user gets, what a failure looks like, and that resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ import aqnsim
 from aqnsim import ConfigError, RealisationError
 from training import run as run_module
 from training.compare import compare, render
-from training.config import load
 from training.dapo import AqnCallback
-from training.rundir import RunDirectory
 from training.run import run
+from training.rundir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGMAS = [0, 0, *(0.05 * 0.01 ** (i / 9) for i in range(10))]  # 12 steps, 10 stages after a warm-up
