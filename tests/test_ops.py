@@ -12,6 +12,7 @@ from values import same_bits
 
 import aqnsim
 from aqnsim import BackendError, ConfigError, NoiseKey, RelativeGaussian
+from aqnsim.backends.compose import _SPREAD
 from aqnsim.profiles import Backward, Forward, OpSpec
 from aqnsim.receipts import STATS
 
@@ -250,7 +251,7 @@ def test_linear_is_cast_gemm_perturb_bias_round(dtype: torch.dtype, with_bias: b
     g2 = g.float().view(10, 12)
     assert x.grad is not None
     assert same_bits(x.grad.view(10, 70), missed(g2 @ wq, NOISY.grad_input.error, KEYS[1], rows).to(dtype))
-    own = None if rows is None else torch.arange(12) + (rows[:1] << 20)
+    own = None if rows is None else torch.arange(12) + rows[:1] * _SPREAD
     assert w.grad is not None
     assert same_bits(w.grad, missed(g2.t() @ xq, NOISY.grad_weight.error, KEYS[2], own).to(dtype))
 
