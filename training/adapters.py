@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from aqnsim._errors import ConfigError, RealisationError, did_you_mean
-
-from .config import Lora
+from training.config import Lora
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -13,16 +13,12 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from datasets import Dataset
@@ -34,20 +30,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl.rewards.other_rewards import get_soft_overlong_punishment
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from aqnsim._errors import ConfigError
-
-from . import checkpoints
-from .adapters import check_finite_gradients, check_gradient_flow
-from .config import Algorithm
-from .generation import TokenIds, generate, keyed_uniforms, pad_left
+from training import checkpoints
+from training.callbacks import AqnCallback, InterruptCallback, UpdateGuard
+from training.config import Algorithm
+from training.generation import TokenIds, generate, keyed_uniforms, pad_left
+from training.prompts import PromptSchedule
 
 if TYPE_CHECKING:
     from aqnsim import Emulation
@@ -56,9 +49,6 @@ logger = logging.getLogger(__name__)
 
 PROFILE_FILE = "profile.json"
 """In each checkpoint: the profile that it was trained under."""
-
-EPOCH, REFILL = 1, 2
-"""The random streams of `PromptSchedule`; sampling has another."""
 
 
 class Problem(Protocol):
@@ -152,47 +142,6 @@ def grpo_config(
 
 
 @dataclass(frozen=True)
-class PromptSchedule:
-    """Which problems a step asks: a pure function of the seed, the step and the generation batch.
-
-    Batch 0 of the steps of an epoch goes through all problems once, in an order of that epoch's own; an incomplete
-    last batch is dropped. Refills draw other problems than batch 0, in an order of that step's own, and leave the
-    epochs alone.
-
-    Attributes:
-        problems: how many there are.
-        prompts_per_step: problems in a generation batch.
-        seed: of the orders.
-    """
-
-    problems: int
-    prompts_per_step: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.problems < self.prompts_per_step:
-            raise ConfigError(
-                f"algorithm.prompts_per_step = {self.prompts_per_step} exceeds the {self.problems} problems to train "
-                "on: lower it, or raise task.prompts"
-            )
-
-    def indices(self, step: int, batch: int) -> list[int]:
-        """The problems of one generation batch of a step (from 0), for all ranks together."""
-        epoch, position = divmod(step, self.problems // self.prompts_per_step)
-        start = position * self.prompts_per_step
-        first = self._order(EPOCH, epoch)[start : start + self.prompts_per_step]
-        if batch == 0:
-            return first
-        others = [i for i in self._order(REFILL, step) if i not in set(first)] or first
-        start = (batch - 1) * self.prompts_per_step
-        return list(itertools.islice(itertools.cycle(others), start, start + self.prompts_per_step))
-
-    def _order(self, stream: int, number: int) -> list[int]:
-        generator = np.random.default_rng([self.seed, stream, number])
-        return [int(i) for i in generator.permutation(self.problems)]
-
-
-@dataclass(frozen=True)
 class Completion:
     """One sampled completion. Its id is its position among all completions of the step, over all ranks."""
 
@@ -268,7 +217,7 @@ class DapoTrainer(GRPOTrainer):
             args=args,
             train_dataset=Dataset.from_list(self._rows),
             processing_class=tokenizer,
-            callbacks=[AqnCallback(emulation), _UpdateGuard(self), self.interrupt, *callbacks],
+            callbacks=[AqnCallback(emulation), UpdateGuard(self), self.interrupt, *callbacks],
         )
         self.remove_callback(PrinterCallback)
 
@@ -301,12 +250,12 @@ class DapoTrainer(GRPOTrainer):
             groups = sorted(groups, key=is_informative, reverse=True)[:wanted]  # stable: in order of sampling
         kept = sum(map(is_informative, groups))
         self._starved = algorithm.dynamic_sampling and kept < wanted
-        self._nothing_to_learn = algorithm.dynamic_sampling and kept == 0
+        self.nothing_to_learn = algorithm.dynamic_sampling and kept == 0
         if self._starved and self.is_world_process_zero():
             logger.warning(
                 "step %d is starved: %d of %d groups are informative after %d generation batches; %s",
                 *(step + 1, kept, wanted, batches),
-                "the update is skipped" if self._nothing_to_learn else "the update is made with these",
+                "the update is skipped" if self.nothing_to_learn else "the update is made with these",
             )
         for name, value in [
             ("kept_groups", kept),
@@ -483,82 +432,6 @@ class DapoTrainer(GRPOTrainer):
             set_peft_model_state_dict(self._policy, load_peft_weights(str(path), device="cpu"))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-class AqnCallback(TrainerCallback):
-    """Tells the emulation the step, from the trainer's own count: right after a resume, too."""
-
-    def __init__(self, emulation: Emulation) -> None:
-        self.emulation = emulation
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.emulation.begin_step(state.global_step, state.max_steps)
-
-
-class InterruptCallback(TrainerCallback):
-    """Ctrl-C or a request to terminate: finish the step, save, stop. A second Ctrl-C stops at once.
-
-    A context manager around the training; the ranks agree on the step at which they stop.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        self.requested = False
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        logger.warning("stopping after this step, with a checkpoint; Ctrl-C again stops at once, without one")
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if torch.distributed.is_initialized():
-            votes = torch.tensor(float(self.requested), device=args.device)
-            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-            self.requested = bool(votes)
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-
-
-class _UpdateGuard(TrainerCallback):
-    """Looks at the gradients before each update."""
-
-    def __init__(self, trainer: DapoTrainer) -> None:
-        self.trainer = trainer
-        self.flow_checked = False
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        assert model is not None
-        if self.trainer._nothing_to_learn:
-            # A zero gradient would still let momentum and weight decay move the parameters; torch's optimizers
-            # leave a parameter alone, and its state, where there is no gradient.
-            model.zero_grad(set_to_none=True)
-            return
-        check_finite_gradients(model)
-        if not self.flow_checked:
-            check_gradient_flow(model)
-            self.flow_checked = True
 
 
 def refuse_uncovered_lm_head(emulation: Emulation, model: PreTrainedModel | PeftModel) -> None:

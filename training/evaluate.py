@@ -16,8 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from aqnsim._errors import ConfigError, RealisationError
-
-from .generation import generate
+from training.generation import generate
 
 if TYPE_CHECKING:
     from aqnsim import Emulation, Receipt, ReceiptTotals

@@ -39,8 +39,7 @@ from transformers import (
 )
 
 from aqnsim._errors import AqnsimError, ConfigError, unknown
-
-from .tasks import Arithmetic
+from training.tasks import Arithmetic
 
 logger = logging.getLogger(__name__)
 

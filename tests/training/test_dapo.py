@@ -27,14 +27,10 @@ from trl import GRPOTrainer
 
 from aqnsim._errors import ConfigError, RealisationError
 from training.adapters import attach_lora, check_gradient_flow
+from training.callbacks import InterruptCallback
 from training.checkpoints import STAGING, CheckpointError, latest_checkpoint, require_checkpoint
-from training.dapo import (
-    DapoTrainer,
-    InterruptCallback,
-    PromptSchedule,
-    grpo_config,
-    refuse_uncovered_lm_head,
-)
+from training.dapo import DapoTrainer, grpo_config, refuse_uncovered_lm_head
+from training.prompts import PromptSchedule
 
 
 class StopAt(TrainerCallback):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import aqnsim
 from aqnsim import ConfigError, RealisationError
 from training import run as run_module
+from training.callbacks import AqnCallback
 from training.compare import compare, render
-from training.dapo import AqnCallback
 from training.run import run
 from training.rundir import RunDirectory
 
