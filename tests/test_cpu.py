@@ -383,11 +383,18 @@ def digest() -> str:
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     code = "import test_cpu; from aqnsim import _core; print(_core.isa(), test_cpu.digest())"
     env = os.environ | {"AQNSIM_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    ran, found = done.stdout.split()
-    if ran != isa:
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    if f"AQNSIM_ISA={isa} cannot run here" in done.stderr:
         pytest.skip(f"this processor cannot run {isa}")
-    assert found == digest()
+    assert done.stdout.split() == [isa, digest()], done.stderr
+
+
+def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
+    env = os.environ | {"AQNSIM_ISA": "avx3"}
+    code = "from aqnsim import _core; _core.isa()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "AQNSIM_ISA=avx3 cannot run here; this processor runs: baseline" in done.stderr
 
 
 def test_formats_of_every_kind_are_covered() -> None:
