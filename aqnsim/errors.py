@@ -70,39 +70,33 @@ class ErrorModel:
         return f"{self.kind}({fields})"
 
 
-def _check_sigma(model: object, sigma: float) -> None:
-    if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma >= 0):
-        raise ConfigError(f"{type(model).__name__}: sigma must be a finite number >= 0, got {sigma!r}")
+@dataclass(frozen=True)
+class _Gaussian(ErrorModel):
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.sigma, (int, float)) and math.isfinite(self.sigma) and self.sigma >= 0):
+            raise ConfigError(f"{type(self).__name__}: sigma must be a finite number >= 0, got {self.sigma!r}")
 
 
 @_register("relative-gaussian")
 @dataclass(frozen=True)
-class RelativeGaussian(ErrorModel):
+class RelativeGaussian(_Gaussian):
     """``y' = y + sigma z |y|``: each output misses by a share of itself.
 
     Raises:
         ConfigError: sigma is negative, NaN or infinite.
     """
 
-    sigma: float
-
-    def __post_init__(self) -> None:
-        _check_sigma(self, self.sigma)
-
 
 @_register("absolute-gaussian")
 @dataclass(frozen=True)
-class AbsoluteGaussian(ErrorModel):
+class AbsoluteGaussian(_Gaussian):
     """``y' = y + sigma z``.
 
     Raises:
         ConfigError: sigma is negative, NaN or infinite.
     """
-
-    sigma: float
-
-    def __post_init__(self) -> None:
-        _check_sigma(self, self.sigma)
 
 
 @lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
@@ -41,6 +41,7 @@ from training.callbacks import AqnCallback, InterruptCallback, UpdateGuard
 from training.config import Algorithm
 from training.generation import TokenIds, generate, keyed_uniforms, pad_left
 from training.prompts import PromptSchedule
+from training.tasks import Problem
 
 if TYPE_CHECKING:
     from aqnsim import Emulation
@@ -49,15 +50,6 @@ logger = logging.getLogger(__name__)
 
 PROFILE_FILE = "profile.json"
 """In each checkpoint: the profile that it was trained under."""
-
-
-class Problem(Protocol):
-    """A problem of a task."""
-
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def answer(self) -> str: ...
 
 
 Score = Callable[[str, str], bool]

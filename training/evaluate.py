@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
@@ -17,22 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from aqnsim._errors import ConfigError, RealisationError
 from training.generation import generate
+from training.records import MODES
+from training.tasks import Problem
 
 if TYPE_CHECKING:
     from aqnsim import Emulation, Receipt, ReceiptTotals
-
-MODES = ("clean", "emulated")
-
-
-class Problem(Protocol):
-    """A held-out problem of a task."""
-
-    @property
-    def problem_id(self) -> str: ...
-    @property
-    def prompt(self) -> str: ...
-    @property
-    def answer(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from aqnsim import _core
-from aqnsim._errors import ConfigError
+from aqnsim._errors import BackendError, ConfigError
 from aqnsim.backends import Backend, register
 from aqnsim.backends.compose import linear_ops
-from aqnsim.errors import AbsoluteGaussian, RelativeGaussian, parse
+from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian, parse
 from aqnsim.formats import BlockFormat, element_of, float32, get
 from aqnsim.receipts import STATS
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OVERFLOWS = {"saturate": 0, "inf": 1, "nan": 2}
 _SCALES = {"e8m0-floor": 1, "e4m3-two-level": 2}
-_KINDS = {RelativeGaussian: 0, AbsoluteGaussian: 1}
+_KINDS: dict[type[ErrorModel], int] = {RelativeGaussian: 0, AbsoluteGaussian: 1}
 _INJECTED = STATS.index("injected_n") - 1
 _PARALLEL_FROM = 1 << 15  # elements: below, waking threads costs more than they save
 
@@ -94,6 +94,8 @@ def perturb(
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
     model = parse(error)
+    if type(model) not in _KINDS:
+        raise BackendError(f"backend 'cpu' has no kernel for {model}; it has: {', '.join(k.kind for k in _KINDS)}")
     y = y.contiguous()
     out = torch.empty_like(y, dtype=dtype or y.dtype)
     columns = y.shape[-1] if y.dim() else 1

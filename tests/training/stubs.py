@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from training.adapters import attach_lora
 from training.config import Algorithm, Lora
 from training.dapo import DapoTrainer, grpo_config
+from training.tasks import Problem
 
 CHARACTERS = "0123456789+= "
 
@@ -47,13 +48,6 @@ def tiny_model(*, tied: bool = False, seed: int = 0) -> LlamaForCausalLM:
         bos_token_id=None,
     )
     return LlamaForCausalLM(config)
-
-
-@dataclass(frozen=True)
-class Problem:
-    problem_id: str
-    prompt: str
-    answer: str
 
 
 def problems(count: int) -> list[Problem]:
