@@ -254,7 +254,7 @@ class StepRecorder(TrainerCallback):
         noise = "" if self._requested is None else f"  sigma {self._requested:.5f} realised {self._realised:.5f}"
         starved = "  starved" if row.starved else ""
         self.console.print(
-            f"step {row.step:3}  reward {row.reward:6.3f}  groups {row.kept_groups}"
+            f"step {row.step:3}  reward {row.reward:6.3f}  {row.kept_groups} groups kept"
             f" of {row.generation_batches} batches{noise}  {row.seconds:.1f} s{starved}"
         )
 
