@@ -46,11 +46,13 @@ def round_to(x: F32, fmt: Format) -> F32:
 class Blocks:
     """A cast in its parts: ``values = (elements * scales) * tensor_scale``, all fp32.
 
-    ``elements`` has the input's shape, ``scales`` one entry for each block along the axis (which comes last).
+    ``elements`` has the input's shape, ``scales`` and ``factors`` one entry for each block along the axis (which comes
+    last); an input times its block's factor is what was rounded to the element format.
     """
 
     elements: F32
     scales: F32
+    factors: F32
     tensor_scale: np.float32
 
 
@@ -69,7 +71,7 @@ def blocks_of(x: F32, fmt: BlockFormat) -> Blocks:
         else:
             factor, scales, tensor_scale = _nvfp4(block_max)
         elements = round_to(blocked * factor[..., None], fmt.element)
-    return Blocks(elements.reshape(padded.shape)[..., :n], scales, tensor_scale)
+    return Blocks(elements.reshape(padded.shape)[..., :n], scales, factor, tensor_scale)
 
 
 def _mx_floor(block_max: F32, element: Format) -> tuple[F32, F32]:

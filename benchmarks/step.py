@@ -14,7 +14,7 @@ from training.adapters import attach_lora
 from training.config import build_aqn, load
 from training.generation import generate, keyed_uniforms, pad_left
 from training.models import load_model
-from training.tasks import load_task
+from training.tasks import task_of
 
 EXPERIMENT, PRESET, STEPS = "e12", "embedded", 10
 
@@ -40,12 +40,10 @@ def rows(repeats: int) -> list[dict[str, Any]]:
 
 
 def _step(experiment: Any, base: Any, tokenizer: Any, profile: str, aqn: Any) -> Callable[[], object]:
-    algorithm, task = experiment.algorithm, experiment.task
+    algorithm = experiment.algorithm
     model = attach_lora(base, experiment.lora, seed=0)
     emulation = aqnsim.emulate(model, profile, seed=0, aqn=aqn)
-    problems = load_task(task.name, families=task.families, examples=task.examples, held_out=task.held_out).problems(
-        "train", algorithm.prompts_per_step, 0
-    )
+    problems = task_of(experiment.task).problems("train", algorithm.prompts_per_step, 0)
     prompts = [tokenizer(p.prompt)["input_ids"] for p in problems for _ in range(algorithm.group_size)]
     uniforms = keyed_uniforms(0, 0, range(len(prompts)), algorithm.max_new_tokens)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)

@@ -44,7 +44,7 @@ from training.records import (
     StepMetrics,
 )
 from training.rundir import RunDirectory
-from training.tasks import Task, load_task
+from training.tasks import Task, task_of
 
 ADAPTER = "adapter"
 """In the run directory: the final adapters, as safetensors."""
@@ -111,7 +111,7 @@ class Arm:
             aqn.schedule.check(experiment.total_steps)  # before anything is loaded
         set_seed(seed)
         task = experiment.task
-        self.task: Task = load_task(task.name, families=task.families, examples=task.examples, held_out=task.held_out)
+        self.task: Task = task_of(task)
         self.train_problems = self.task.problems("train", task.prompts, seed)
         # The held-out problems are the same for every seed: runs are compared on them problem by problem.
         self.eval_problems = self.task.problems("eval", task.eval_problems, 0)

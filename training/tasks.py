@@ -15,9 +15,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from aqnsim._errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from training.config import TaskTable
 
 Split = Literal["train", "eval"]
 Extraction = Literal["strict", "flexible"]
@@ -216,6 +219,15 @@ def load_task(name: str, **parameters: Any) -> Task:
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     return TASKS[name](**parameters)
+
+
+def task_of(task: TaskTable) -> Task:
+    """The task that an experiment names, with the experiment's parameters.
+
+    Raises:
+        UnknownNameError, ConfigError: see `load_task`.
+    """
+    return load_task(task.name, families=task.families, examples=task.examples, held_out=task.held_out)
 
 
 @cache

@@ -70,16 +70,9 @@ def _scaled(x: F32, f: object, axis: int) -> F32:
     if x.ndim == 0:
         return _scaled(x.reshape(1), f, 0).reshape(())
     moved = np.moveaxis(x, axis, -1)
-    n, count = moved.shape[-1], -(-moved.shape[-1] // f.block)
-    padded = np.zeros((*moved.shape[:-1], count * f.block), np.float32)
-    padded[..., :n] = moved
-    block_max = np.abs(padded.reshape(*moved.shape[:-1], count, f.block)).max(axis=-1, initial=0.0)
+    factors = np.repeat(reference.blocks_of(moved, f).factors, f.block, axis=-1)
     with np.errstate(all="ignore"):
-        if f.scale == "e8m0-floor":
-            factor = reference._mx_floor(block_max, f.element)[0]
-        else:
-            factor = reference._nvfp4(block_max)[0]
-        return moved * np.repeat(factor, f.block, axis=-1)[..., :n]
+        return moved * factors[..., : moved.shape[-1]]
 
 
 def quantize(x: Tensor, fmt: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,15 +12,14 @@ from training.adapters import attach_lora
 from training.config import build_aqn, load
 from training.generation import generate
 from training.models import end_completions_at, load_model
-from training.tasks import load_task
+from training.tasks import task_of
 
 EXPERIMENT = load("e12", "embedded")
 
 
 @pytest.fixture(scope="module")
 def setup() -> tuple[Any, Any, Any]:
-    task = EXPERIMENT.task
-    arithmetic = load_task(task.name, families=task.families, examples=task.examples, held_out=task.held_out)
+    arithmetic = task_of(EXPERIMENT.task)
     model, tokenizer = load_model(EXPERIMENT.model.name, dtype=EXPERIMENT.model.dtype)
     end_completions_at(model, tokenizer, arithmetic.end)
     return attach_lora(model, EXPERIMENT.lora, seed=0), tokenizer, arithmetic
