@@ -22,20 +22,23 @@ from aqnsim.rng import NoiseKey
 
 if TYPE_CHECKING:
     from aqnsim import aqn, backends, formats, profiles
-    from aqnsim.api import Quantized, cast, perturb, quantize
+    from aqnsim.api import cast, perturb, quantize
     from aqnsim.aqn import AQN
     from aqnsim.backends import use as use_backend
     from aqnsim.emulation import Emulation, ReceiptTotals, emulate
+    from aqnsim.quantized import Quantized
+    from aqnsim.rotation import hadamard
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "AQN": ("aqnsim.aqn", "AQN"),
     "Emulation": ("aqnsim.emulation", "Emulation"),
-    "Quantized": ("aqnsim.api", "Quantized"),
+    "Quantized": ("aqnsim.quantized", "Quantized"),
     "ReceiptTotals": ("aqnsim.emulation", "ReceiptTotals"),
     "cast": ("aqnsim.api", "cast"),
     "emulate": ("aqnsim.emulation", "emulate"),
+    "hadamard": ("aqnsim.rotation", "hadamard"),
     "perturb": ("aqnsim.api", "perturb"),
     "quantize": ("aqnsim.api", "quantize"),
     "use_backend": ("aqnsim.backends", "use"),
@@ -66,6 +69,7 @@ __all__ = [
     "did_you_mean",
     "emulate",
     "formats",
+    "hadamard",
     "perturb",
     "profiles",
     "quantize",

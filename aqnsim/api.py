@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.errors import ErrorModel
-from aqnsim.formats import AnyFormat, BlockFormat, Format, check_rounding, element_of, get
+from aqnsim.formats import AnyFormat, element_of, get, random_bits, with_rounding
+from aqnsim.quantized import Quantized, quantized
 from aqnsim.rng import NoiseKey
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -30,38 +29,87 @@ def _check_axis(x: Tensor, axis: int) -> int:
     return axis % dims
 
 
+def _check_key(what: str, fmt: AnyFormat, key: NoiseKey | None, rows: Tensor | None) -> tuple[int, Tensor | None]:
+    """The Philox key and the step of a stochastic rounding; 0 and None where nothing is drawn."""
+    rounding = element_of(fmt).rounding
+    if not random_bits(fmt):
+        if key is not None or rows is not None:
+            raise ConfigError(f"{what}: rounding {rounding!r} draws no random bits; do not pass a key or rows")
+        return 0, None
+    if not isinstance(key, NoiseKey):
+        raise ConfigError(f"{what}: rounding {rounding!r} draws random bits: pass key=NoiseKey(...), got {key!r}")
+    return key.value, torch.tensor(key.step)
+
+
 def cast(
     x: Tensor,
     format: str | AnyFormat,
     axis: int = -1,
     rounding: str | None = None,
     key: NoiseKey | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Bring values to a format and back: same shape and dtype, straight-through gradient.
 
     Args:
         x: float32 or bfloat16, any shape and strides.
-        format: a name of :data:`aqnsim.formats.ALL`, ``e{E}m{M}``, or a format.
-        axis: the axis along which blocks run; the last block may be shorter. For a GEMM: the contraction.
-        rounding: None for the format's own: ``nearest-even``.
-        key: for stochastic rounding; must be None for a rounding that draws nothing.
+        format: a text of :func:`aqnsim.formats.get`, such as ``mxfp4`` or ``nvfp4(scale=torchao)``, or a format.
+        axis: the axis along which blocks run; the last block may be shorter. For a GEMM: the contraction. Tiles lie in
+            the last two axes.
+        rounding: one of :data:`aqnsim.formats.ROUNDINGS` or ``stochastic-N``; None for the format's own.
+        key: where the random bits of a stochastic rounding come from; must be None for any other.
+        rows: int64, one logical row for each row of ``x`` (all axes but the last), for the random bits; default 0, 1,
+            2, ... An element's bits depend on the key, its logical row and its column alone.
 
     Raises:
-        ConfigError: a dtype other than float32 and bfloat16, an axis out of range, a key that nothing uses.
+        ConfigError: a dtype other than float32 and bfloat16, an axis out of range, a key that nothing uses or that is
+            missing, rows of the wrong number.
         UnknownNameError: no such format or rounding.
 
-    Formula: OCP MX v1.0 section 6.3 for ``mx*``; see :mod:`aqnsim.reference`.
+    Formula: OCP MX v1.0 section 6.3 for ``mx*``; see docs/semantics.md and :mod:`aqnsim.reference` for all.
 
     >>> import torch
     >>> cast(torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6]), "mxfp4").tolist()
     [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
+    >>> cast(torch.full((4,), 1.25), "fp4_e2m1", rounding="stochastic", key=NoiseKey(seed=1)).tolist()
+    [1.0, 1.5, 1.0, 1.0]
     """
     _check_tensor(x, "cast")
-    name, rounding = get(format).name, check_rounding(rounding)
-    if key is not None:
-        raise ConfigError(f"cast: rounding {rounding!r} draws no random bits; do not pass a key")
-    out: Tensor = torch.ops.aqnsim.cast(x, name, _check_axis(x, axis), rounding, False)[0]
+    fmt = with_rounding(get(format), rounding)
+    value, step = _check_key("cast", fmt, key, rows)
+    out: Tensor = torch.ops.aqnsim.cast(x, str(fmt), _check_axis(x, axis), value, step, rows, False)[0]
     return out
+
+
+def quantize(
+    x: Tensor,
+    format: str | AnyFormat,
+    axis: int = -1,
+    rounding: str | None = None,
+    key: NoiseKey | None = None,
+    rows: Tensor | None = None,
+) -> Quantized:
+    """Codes and scales of a tensor, packed; ``quantize(x, f).dequantize()`` is bit-equal to ``cast(x, f)``.
+
+    Args:
+        x: float32 or bfloat16.
+        format, axis, rounding, key, rows: as for :func:`cast`.
+
+    Raises:
+        ConfigError: as for :func:`cast`, and NaN in a format without a code for it.
+        UnknownNameError: no such format or rounding.
+
+    >>> import torch
+    >>> x = torch.linspace(-3, 3, 40)
+    >>> q = quantize(x, "mxfp4")
+    >>> q.codes.shape, q.scales.shape, torch.equal(q.dequantize(), cast(x, "mxfp4"))
+    (torch.Size([20]), torch.Size([2]), True)
+    """
+    _check_tensor(x, "quantize")
+    fmt, axis = with_rounding(get(format), rounding), _check_axis(x, axis)
+    value, step = _check_key("quantize", fmt, key, rows)
+    parts: tuple[Tensor, Tensor, Tensor] = torch.ops.aqnsim.quantize(x.detach(), str(fmt), axis, value, step, rows)
+    return quantized(*parts, fmt=fmt, dtype=x.dtype, axis=axis)
 
 
 def perturb(y: Tensor, error: ErrorModel, key: NoiseKey, rows: Tensor | None = None) -> Tensor:
@@ -92,107 +140,3 @@ def perturb(y: Tensor, error: ErrorModel, key: NoiseKey, rows: Tensor | None = N
     step = torch.tensor(key.step)
     out: Tensor = torch.ops.aqnsim.perturb(y, str(error), key.value, step, rows, None, False)[0]
     return out
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A tensor in codes and scales; :meth:`dequantize` is bit-equal to :func:`cast`.
-
-    Attributes:
-        codes: uint8. Formats of 4 bits hold two codes a byte along the last axis, the even index in the low nibble.
-        scales: uint8 E8M0 exponents (MX), float8_e4m3fn (NVFP4), or None for a format without a scale.
-        tensor_scale: fp32 scalar, ``amax / 2688`` for NVFP4 and 1 otherwise.
-        format: the format's name.
-        shape, dtype, axis: of the original.
-    """
-
-    codes: Tensor
-    scales: Tensor | None
-    tensor_scale: Tensor
-    format: str
-    shape: torch.Size
-    dtype: torch.dtype
-    axis: int
-
-    def dequantize(self) -> Tensor:
-        """The values, in the original's shape and dtype."""
-        fmt = get(self.format)
-        element = element_of(fmt)
-        codes = self.codes
-        if element.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-            codes = codes[..., : self.shape[-1] if self.shape else 1].reshape(self.shape)
-        table = torch.tensor([element.decode(c) for c in range(1 << element.bits)])
-        values = table[codes.long()]
-        if isinstance(fmt, BlockFormat) and self.scales is not None:
-            scales = _scale_values(self.scales).repeat_interleave(fmt.block, dim=self.axis)
-            length = self.shape[self.axis] if self.shape else 1
-            scales = scales.narrow(self.axis, 0, length).reshape(self.shape)
-            values = (values * scales) * self.tensor_scale
-        return values.to(self.dtype)
-
-
-def _scale_values(scales: Tensor) -> Tensor:
-    if scales.dtype != torch.uint8:
-        return scales.float()
-    exponent = torch.where(scales > 0, scales.int() << 23, 0x00400000)
-    values = exponent.view(torch.float32)
-    return torch.where(scales == 255, torch.nan, values)
-
-
-def _scale_codes(scales: Tensor, fmt: BlockFormat) -> Tensor:
-    if fmt.scale == "e4m3-two-level":
-        return scales.to(torch.float8_e4m3fn)
-    return torch.where(scales.isnan(), 255, (scales.view(torch.int32) >> 23) & 255).to(torch.uint8)
-
-
-def _encode(values: Tensor, fmt: Format) -> Tensor:
-    """Codes of values that the format holds exactly; NaN (inside a NaN block) becomes code 0."""
-    table = torch.tensor(fmt.values())
-    code = torch.searchsorted(table, values.nan_to_num().abs())
-    return (code | (values.signbit().long() << (fmt.bits - 1))).to(torch.uint8)
-
-
-def quantize(x: Tensor, format: str | AnyFormat, axis: int = -1) -> Quantized:
-    """Codes and scales of a tensor, packed; ``quantize(x, f).dequantize()`` is bit-equal to ``cast(x, f)``.
-
-    Args:
-        x: float32 or bfloat16.
-        format: one whose elements have at most 8 bits.
-        axis: the axis along which blocks run.
-
-    Raises:
-        ConfigError: a dtype other than float32 and bfloat16, an axis out of range, a format wider than 8 bits, or
-            NaN or Inf in a format without codes for them.
-        UnknownNameError: no such format.
-
-    >>> import torch
-    >>> x = torch.linspace(-3, 3, 40)
-    >>> q = quantize(x, "mxfp4")
-    >>> q.codes.shape, q.scales.shape, torch.equal(q.dequantize(), cast(x, "mxfp4"))
-    (torch.Size([20]), torch.Size([2]), True)
-    """
-    _check_tensor(x, "quantize")
-    fmt, axis = get(format), _check_axis(x, axis)
-    element = element_of(fmt)
-    if element.bits > 8:
-        raise ConfigError(f"quantize: {fmt.name} has {element.bits}-bit codes; expected a format of at most 8 bits")
-    if not isinstance(fmt, BlockFormat) and not bool(x.isfinite().all()):
-        raise ConfigError(f"quantize: {fmt.name} cannot store the NaN or Inf values of the input; remove them first")
-    elements, scales, tensor_scale = torch.ops.aqnsim.quantize(x.detach(), fmt.name, axis)
-    codes = _encode(elements, element)
-    if element.bits == 4:
-        if codes.dim() == 0:
-            codes = codes.reshape(1)
-        if codes.shape[-1] % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1))
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return Quantized(
-        codes=codes,
-        scales=_scale_codes(scales, fmt) if isinstance(fmt, BlockFormat) else None,
-        tensor_scale=tensor_scale,
-        format=fmt.name,
-        shape=x.shape,
-        dtype=x.dtype,
-        axis=axis,
-    )

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from aqnsim import backends
+from aqnsim.formats import BlockFormat, get, scale_shape
 from aqnsim.receipts import STATS
 
 _LIB = Library("aqnsim", "DEF")
 
 _SCHEMAS = {
-    "cast": "(Tensor x, str format, int axis, str rounding, bool measure) -> (Tensor, Tensor)",
-    "quantize": "(Tensor x, str format, int axis) -> (Tensor, Tensor, Tensor)",
+    "cast": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows, bool measure) -> (Tensor, Tensor)"),
+    "quantize": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows) -> (Tensor, Tensor, Tensor)"),
     "perturb": (
         "(Tensor y, str error, int key, Tensor step, Tensor? rows, ScalarType? dtype, bool measure) -> (Tensor, Tensor)"
     ),
@@ -41,12 +42,12 @@ for _name, _schema in _SCHEMAS.items():
 # ---- kernels: whatever backend serves the device --------------------------------------------------------------------
 
 
-def _cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> Any:
-    return backends.resolve("cast", x.device.type)(x, fmt, axis, rounding, measure)
+def _cast(x: Tensor, *args: Any) -> Any:
+    return backends.resolve("cast", x.device.type)(x, *args)
 
 
-def _quantize(x: Tensor, fmt: str, axis: int) -> Any:
-    return backends.resolve("quantize", x.device.type)(x, fmt, axis)
+def _quantize(x: Tensor, *args: Any) -> Any:
+    return backends.resolve("quantize", x.device.type)(x, *args)
 
 
 def _perturb(y: Tensor, *args: Any) -> Any:
@@ -88,22 +89,17 @@ def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @register_fake("aqnsim::cast", lib=_LIB)
-def _(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, fmt: str, *args: Any) -> tuple[Tensor, Tensor]:
     return _dense(x), _stats_like(x)
 
 
 @register_fake("aqnsim::quantize", lib=_LIB)
-def _(x: Tensor, fmt: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    from aqnsim.formats import BlockFormat, get
-
-    f, shape = get(fmt), list(x.shape) or [1]
-    if isinstance(f, BlockFormat):
-        shape[axis] = (shape[axis] + f.block - 1) // f.block
-    else:
-        shape = []
+def _(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    f = get(fmt)
+    levels = isinstance(f, BlockFormat) and f.scale_format == "hif4"
     return (
         _dense(x, torch.float32),
-        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(scale_shape(f, tuple(x.shape), axis), dtype=torch.int32 if levels else torch.float32),
         x.new_empty((), dtype=torch.float32),
     )
 
@@ -149,7 +145,7 @@ def _straight_through(name: str, arguments: int) -> None:
     register_autograd(f"aqnsim::{name}", backward, setup_context=setup, lib=_LIB)
 
 
-_straight_through("cast", 5)
+_straight_through("cast", 7)
 _straight_through("perturb", 7)
 
 

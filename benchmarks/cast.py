@@ -13,8 +13,25 @@ from aqnsim import _core, backends
 from aqnsim.backends import cpu
 from benchmarks.timing import alternate
 
-FORMATS = ("mxfp4", "nvfp4", "mxfp8_e4m3", "fp8_e4m3")
+FORMATS = (
+    "mxfp4",
+    "mxfp6_e2m3",
+    "mxfp8_e4m3",
+    "mxint8",
+    "mxfp4(scale=rceil)",
+    "mxfp4(block=32x32)",
+    "nvfp4",
+    "nvfp4(scale=4over6-mae, scale_max=256)",
+    "hif4",
+    "fp8_e4m3",
+    "hif8",
+    "fp8_e4m3_tensor",
+    "fp8_e4m3_1x128",
+    "int4_g128",
+    "fp8_e4m3(rounding=stochastic)",
+)
 BYTES = 256 << 20
+STEP = torch.tensor(0)
 
 
 def gate() -> None:
@@ -22,19 +39,19 @@ def gate() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         x = (torch.randn(64, 4096) * torch.logspace(-6, 6, 64)[:, None]).to(dtype)
         for name in FORMATS:
-            ours, _ = backends.get("cpu").ops["cast"](x, name, -1, "nearest-even", False)
-            truth, _ = backends.get("reference").ops["cast"](x, name, -1, "nearest-even", False)
+            ours, _ = backends.get("cpu").ops["cast"](x, name, -1, 0, STEP, None, False)
+            truth, _ = backends.get("reference").ops["cast"](x, name, -1, 0, STEP, None, False)
             if not torch.equal(ours, truth):
                 raise SystemExit(f"gate: {name} in {dtype} differs from the reference; nothing was timed")
 
 
 def into(out: Tensor, x: Tensor, name: str) -> Callable[[], object]:
     """A cast into a buffer that is there already, so that no allocation is timed."""
-    return lambda: cpu._run_cast(x, out, 0, name, -1, False, False)
+    return lambda: cpu._run_cast(x, out, None, name, -1, cpu._random_words(x, name, 0, STEP, None), False)
 
 
 def perturb_into(out: Tensor, x: Tensor) -> Callable[[], object]:
-    code = cpu._dtype(x)
+    code = cpu._DTYPES[x.dtype]
     rows, columns = x.shape
     arguments = (code, code, rows, columns, 0, 1, 1, 0, 0.05, False, torch.get_num_threads())
     return lambda: _core.perturb(x.data_ptr(), out.data_ptr(), *arguments)

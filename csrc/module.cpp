@@ -4,13 +4,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <cmath>
 
 #include "core/philox.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
 using namespace aqn;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -25,21 +25,21 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-StatsArray cast(uintptr_t x, uintptr_t y, uintptr_t scales, int dtype, std::array<int64_t, 3> shape, int64_t block,
-                int mantissa_bits, int min_exponent, float max, int overflow, int scale, float tensor_amax,
-                bool unscaled, bool measure, int threads) {
+StatsArray cast(uintptr_t x, uintptr_t y, uintptr_t scales, uintptr_t words, int dtype, std::array<int64_t, 3> shape,
+                bool row_major, const Element& element, const Scaling& scaling, float tensor_amax, bool unscaled,
+                bool measure, int threads) {
   cpu::CastArgs a;
   a.x = at<const void>(x);
   a.y = at<void>(y);
-  a.scales = at<float>(scales);
+  a.scales = at<void>(scales);
+  a.words = at<const uint32_t>(words);
   a.dtype = static_cast<cpu::Dtype>(dtype);
-  a.outer = shape[0];
-  a.n = shape[1];
-  a.inner = shape[2];
-  a.block = block;
-  a.element = {mantissa_bits, min_exponent, max, static_cast<Overflow>(overflow)};
-  a.scale = static_cast<Scale>(scale);
-  a.emax = std::ilogb(max);
+  a.batch = shape[0];
+  a.high = shape[1];
+  a.wide = shape[2];
+  a.row_major = row_major;
+  a.element = element;
+  a.scaling = scaling;
   a.tensor_amax = tensor_amax;
   a.unscaled = unscaled;
   a.threads = threads;
@@ -71,7 +71,51 @@ StatsArray perturb(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int6
 PYBIND11_MODULE(_core, m) {
   m.doc() = "aqnsim's kernels over raw pointers; use aqnsim.ops instead.";
   m.def("isa", [] { return cpu::kernels().isa; });
+  py::class_<Element>(m, "Element")
+      .def(py::init([](int mantissa_bits, int min_exponent, int bias, float max, float max_negative, float min_normal,
+                       float nan, int overflow, int rounding, int random_bits, bool is_signed, bool has_zero,
+                       bool has_negative_zero, bool flush, bool tapered) {
+             return Element{mantissa_bits,
+                            min_exponent,
+                            bias,
+                            max,
+                            max_negative,
+                            min_normal,
+                            nan,
+                            static_cast<Overflow>(overflow),
+                            static_cast<Rounding>(rounding),
+                            random_bits,
+                            is_signed,
+                            has_zero,
+                            has_negative_zero,
+                            flush,
+                            tapered};
+           }),
+           py::kw_only(), "mantissa_bits"_a, "min_exponent"_a, "bias"_a, "max"_a, "max_negative"_a, "min_normal"_a,
+           "nan"_a, "overflow"_a, "rounding"_a, "random_bits"_a, "is_signed"_a, "has_zero"_a, "has_negative_zero"_a,
+           "flush"_a, "tapered"_a);
+  py::class_<Scaling>(m, "Scaling")
+      .def(py::init([](int rule, int rows, int columns, int emax, uint32_t carry_from, int zero_exponent,
+                       bool finite_only, float largest, float fixed_encode) {
+             return Scaling{static_cast<Scale>(rule),
+                            rows,
+                            columns,
+                            emax,
+                            carry_from,
+                            zero_exponent,
+                            finite_only,
+                            largest,
+                            fixed_encode};
+           }),
+           py::kw_only(), "rule"_a, "rows"_a = 0, "columns"_a = 0, "emax"_a = 0, "carry_from"_a = 0,
+           "zero_exponent"_a = 0, "finite_only"_a = false, "largest"_a = 0.0f, "fixed_encode"_a = 0.0f);
   m.def("cast", &cast);
+  m.def("tensor_scale", [](const Scaling& k, float amax) { return TensorScale(k, amax).stored; });
+  m.def("random_words",
+        [](uintptr_t out, uintptr_t row_ids, int64_t rows, int64_t columns, uint64_t key, uint32_t step, int threads) {
+          py::gil_scoped_release release;
+          cpu::kernels().random_words(at<uint32_t>(out), at<const int64_t>(row_ids), rows, columns, key, step, threads);
+        });
   m.def("perturb", &perturb);
   m.def("amax", [](uintptr_t x, int dtype, int64_t n, int threads) {
     py::gil_scoped_release release;

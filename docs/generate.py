@@ -16,7 +16,8 @@ from pathlib import Path
 
 from aqnsim import errors
 from aqnsim._errors import AqnsimError, ConfigError, unknown
-from aqnsim.cli import Table, backend_table, format_table, profile_table
+from aqnsim.cli.output import Table
+from aqnsim.cli.tables import backend_table, format_table, profile_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/semantics.md")

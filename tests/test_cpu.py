@@ -13,23 +13,27 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 from test_reference import PHILOX
+from texts import PARAMETRIC, all_texts, axes_of
 from torch import Tensor
-from values import all_bf16, bits, critical, random_bits, same_bits
+from values import all_bf16, all_fp16, bits, critical, random_bits, same_bits
 
 from aqnsim import ConfigError, _core, formats, reference
 from aqnsim.backends import cpu
 from aqnsim.backends import reference as slow
 from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian
-from aqnsim.formats import Format, element_of
+from aqnsim.formats import BlockFormat, Format, element_of
 from aqnsim.receipts import STATS
 from aqnsim.rng import key_of
 
-NAMES = [*formats.ALL, "e5m0", "e8m0", "e2m3", "e3m4", "e8m10"]
+NAMES = [*formats.ALL, *PARAMETRIC]
+TEXTS = all_texts()
 COUNTS = ("calls", "count", "changed", "injected_n", "saturated", "nonfinite")
 SUMS = ("error2", "reference2", "injected2", "requested2")
+every_text = pytest.mark.parametrize("text", TEXTS)
 every_format = pytest.mark.parametrize("name", NAMES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 KEY = key_of(0, "site", "train", "output")
+STEP = torch.tensor(5)
 
 
 @pytest.fixture(params=[1, 2])
@@ -53,11 +57,11 @@ def assert_same_stats(got: Tensor, expected: Tensor, sums: bool = True) -> None:
 
 
 def assert_same_cast(x: Tensor, name: str, axis: int = -1, sums: bool = True) -> Tensor:
-    got, got_stats = cpu.cast(x, name, axis, "nearest-even", True)
-    expected, expected_stats = slow.cast(x, name, axis, "nearest-even", True)
+    got, got_stats = cpu.cast(x, name, axis, KEY, STEP, None, True)
+    expected, expected_stats = slow.cast(x, name, axis, KEY, STEP, None, True)
     assert same_bits(got, expected)
     assert_same_stats(got_stats, expected_stats, sums)
-    quiet, zeros = cpu.cast(x, name, axis, "nearest-even", False)
+    quiet, zeros = cpu.cast(x, name, axis, KEY, STEP, None, False)
     assert same_bits(quiet, got)
     assert not zeros.any()
     return got
@@ -66,49 +70,69 @@ def assert_same_cast(x: Tensor, name: str, axis: int = -1, sums: bool = True) ->
 # ---- cast ----------------------------------------------------------------------------------------------------------
 
 
-@every_format
-@every_dtype
-def test_cast_of_every_bf16_value(name: str, dtype: torch.dtype) -> None:
-    x = torch.from_numpy(all_bf16().copy()).to(dtype)
-    assert_same_cast(x[x.isfinite()], name, sums=False)
-    # all bit patterns, with NaN and Inf in some blocks only
-    assert_same_cast(x[torch.from_numpy(np.random.default_rng(1).permutation(1 << 16))], name, sums=False)
+@every_text
+def test_cast_of_every_bf16_and_fp16_value(text: str) -> None:
+    bf16 = torch.from_numpy(all_bf16().copy())
+    fp16 = torch.from_numpy(all_fp16().copy())
+    # finite values in order, then all bit patterns shuffled: NaN and Inf in some blocks only
+    for x in (bf16[bf16.isfinite()], bf16[torch.from_numpy(np.random.default_rng(1).permutation(1 << 16))], fp16):
+        assert_same_cast(x, text, sums=False)
+    assert_same_cast(bf16.bfloat16(), text, sums=False)
 
 
-@every_format
-def test_cast_of_random_fp32_bits(name: str) -> None:
-    x = torch.from_numpy(random_bits(1 << 20, seed=2).copy())
-    x[: 1 << 19].nan_to_num_(0.0, 1.0, -1.0)  # half without NaN and Inf, which would hide the rest of a block
-    assert_same_cast(x[: 1 << 19].view(64, -1), name, sums=False)
-    assert_same_cast(x[1 << 19 : -32].view(-1, 48), name, sums=False)
+@every_text
+def test_cast_of_random_fp32_bits(text: str) -> None:
+    x = torch.from_numpy(random_bits(1 << 17, seed=2).copy())
+    x[: 1 << 16].nan_to_num_(0.0, 1.0, -1.0)  # half without NaN and Inf, which would hide the rest of a block
+    assert_same_cast(x[: 1 << 16].view(64, -1), text, sums=False)
+    assert_same_cast(x[1 << 16 : -16].view(-1, 48), text, sums=False)
 
 
-@every_format
-def test_cast_of_every_critical_value(name: str) -> None:
-    x = torch.from_numpy(critical(element_of(formats.get(name))))
+@every_text
+def test_cast_of_every_critical_value(text: str) -> None:
+    element = element_of(formats.get(text))
+    if element.bits > 16:  # 2^18 numbers and more: those of fp32's first binades and of random ones
+        values = np.concatenate([random_bits(20_000, seed=19), np.arange(1 << 15, dtype=np.uint32).view(np.float32)])
+        x = torch.from_numpy(values)
+    else:
+        x = torch.from_numpy(critical(element))
     x = x[x.isfinite()]
-    assert_same_cast(x, name, sums=False)
+    assert_same_cast(x, text, sums=False)
     # each value in a block of its own, beside one that fixes the block's scale
-    pairs = torch.stack([x, torch.full_like(x, float(element_of(formats.get(name)).max))], dim=1)
-    assert_same_cast(pairs, name, sums=False)
+    pairs = torch.stack([x, torch.full_like(x, float(element.max))], dim=1)
+    assert_same_cast(pairs, text, sums=False)
 
 
-@every_format
-@every_dtype
-@pytest.mark.parametrize("shape", [(5, 7, 37), (1, 33), (64,), (3, 200), (2, 3, 4, 5), (129, 70)])
-def test_cast_along_any_axis_of_odd_sizes(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    x = normal_tensor(*shape, seed=3).to(dtype)
-    for axis in range(-len(shape), len(shape)):
-        assert_same_cast(x, name, axis)
+@every_text
+@pytest.mark.parametrize("shape", [(5, 7, 37), (1, 33), (64,), (3, 200), (2, 3, 4, 5), (129, 70)], ids=str)
+def test_cast_along_any_axis_of_odd_sizes(text: str, shape: tuple[int, ...]) -> None:
+    x = normal_tensor(*shape, seed=3)
+    for axis in axes_of(text, len(shape)):
+        for t in (x, x.bfloat16()):
+            assert same_bits(
+                assert_same_cast(t, text, axis), cpu.cast(t, text, axis - len(shape), KEY, STEP, None, False)[0]
+            )
+
+
+@every_text
+def test_blocks_of_every_magnitude(text: str) -> None:
+    """Blocks from fp32's smallest to its largest, with zeros, infinities and NaN in some of them."""
+    rng = np.random.default_rng(20)
+    exponents = np.linspace(-148, 126, 275).round()[:, None]
+    x = (rng.standard_normal((275, 70)) * np.exp2(exponents)).astype(np.float32)
+    x[7], x[9], x[11, 5], x[13, 40], x[15, 3] = 0.0, -0.0, np.inf, np.nan, -np.inf
+    for axis in axes_of(text, 2):
+        assert_same_cast(torch.from_numpy(x), text, axis, sums=False)
+        assert_same_cast(torch.from_numpy(x[20:]), text, axis, sums=False)  # none that hides a whole tensor
 
 
 @every_format
 def test_cast_does_not_depend_on_threads(name: str, threads: int) -> None:
     x = normal_tensor(300, 701, seed=4)
-    for axis in (0, 1):
-        got, stats = cpu.cast(x, name, axis, "nearest-even", True)
+    for axis in axes_of(name, 2):
+        got, stats = cpu.cast(x, name, axis, KEY, STEP, None, True)
         torch.set_num_threads(3 - threads)
-        other, other_stats = cpu.cast(x, name, axis, "nearest-even", True)
+        other, other_stats = cpu.cast(x, name, axis, KEY, STEP, None, True)
         torch.set_num_threads(threads)
         assert same_bits(got, other)
         assert torch.equal(stats, other_stats)
@@ -128,7 +152,7 @@ def test_cast_of_other_strides(name: str, dtype: torch.dtype) -> None:
     for view in views:
         x = view(base)
         got = assert_same_cast(x, name)
-        assert same_bits(got, cpu.cast(x.clone().contiguous(), name, -1, "nearest-even", False)[0])
+        assert same_bits(got, cpu.cast(x.clone().contiguous(), name, -1, KEY, STEP, None, False)[0])
 
 
 @every_format
@@ -137,32 +161,113 @@ def test_cast_of_other_strides(name: str, dtype: torch.dtype) -> None:
 def test_cast_of_empty_and_scalar_tensors(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = torch.full(shape, 1.3, dtype=dtype)
     assert assert_same_cast(x, name).shape == shape
-    elements, scales, tensor_scale = cpu.quantize(x, name, 0)
-    for got, expected in zip((elements, scales, tensor_scale), slow.quantize(x, name, 0), strict=True):
-        assert same_bits(got, expected)
+    assert_same_parts(x, name, -1)
 
 
-@pytest.mark.parametrize("name", [n for n in formats.ALL if element_of(formats.get(n)).bits <= 8])
-@pytest.mark.parametrize("axis", [0, 1, 2])
-def test_quantize_gives_the_reference_s_parts(name: str, axis: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        x = normal_tensor(35, 3, 50, seed=6).to(dtype)
-        for got, expected in zip(cpu.quantize(x, name, axis), slow.quantize(x, name, axis), strict=True):
-            assert same_bits(got, expected)
+def assert_same_parts(x: Tensor, text: str, axis: int) -> None:
+    parts = cpu.quantize(x, text, axis, KEY, STEP, None), slow.quantize(x, text, axis, KEY, STEP, None)
+    for got, expected in zip(*parts, strict=True):
+        assert torch.equal(got, expected) if got.dtype == torch.int32 else same_bits(got, expected)
+
+
+@every_text
+def test_quantize_gives_the_reference_s_parts(text: str) -> None:
+    x = normal_tensor(35, 3, 50, seed=6)
+    for axis in axes_of(text, 3):
+        for t in (x, x.bfloat16()):
+            assert_same_parts(t, text, axis)
+
+
+# ---- stochastic rounding -------------------------------------------------------------------------------------------
+
+STOCHASTIC = [t for t in TEXTS if formats.random_bits(formats.get(t))]
+
+
+def test_random_words_are_those_of_the_reference() -> None:
+    rows = np.random.default_rng(21).integers(0, 1 << 63, 7)
+    for columns in (1, 4, 127, 130, 260):
+        got = torch.empty(7, columns, dtype=torch.int32)
+        _core.random_words(got.data_ptr(), torch.from_numpy(rows).data_ptr(), 7, columns, KEY & (2**64 - 1), 9, 2)
+        assert np.array_equal(got.numpy().view(np.uint32), reference.random_words(rows, columns, KEY, 9))
+
+
+@pytest.mark.parametrize("text", ["fp8_e4m3(rounding=stochastic)", "mxfp4(rounding=stochastic-8)"])
+def test_stochastic_rounding_does_not_depend_on_how_the_tensor_is_split(text: str, threads: int) -> None:
+    x = normal_tensor(600, 320, seed=22)
+    rows = torch.from_numpy(np.random.default_rng(23).permutation(600))
+
+    def run(t: Tensor, ids: Tensor | None) -> Tensor:
+        return cpu.cast(t, text, -1, KEY, STEP, ids, False)[0]
+
+    whole = run(x, rows)
+    assert same_bits(torch.cat([run(x[i : i + 77], rows[i : i + 77]) for i in range(0, 600, 77)]), whole)
+    order = torch.from_numpy(np.random.default_rng(24).permutation(600))
+    assert same_bits(run(x[order], rows[order]), whole[order])
+    assert same_bits(run(x[:, :128], rows), whole[:, :128])
+    assert same_bits(run(x.t().contiguous().t(), rows), whole)
+    assert same_bits(run(x.view(20, 30, 320), rows).view(600, 320), whole)
+    torch.set_num_threads(3 - threads)
+    assert same_bits(run(x, rows), whole)
+    assert not same_bits(run(x, None), whole)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("name", ["fp4_e2m1", "fp8_e4m3", "hif8", "int8", "bf16"])
+def test_stochastic_rounding_goes_up_as_often_as_it_should(name: str, bits: int) -> None:
+    """Chi-square over values at known shares of the way to the next number, in normal and subnormal binades."""
+    fmt = formats.get(name)
+    assert isinstance(fmt, Format)
+    n, statistic, cases = 1 << 14, 0.0, 0
+    values = [v for v in (*fmt.values()[:3], 1.0, *fmt.values()[-3:-1]) if v < fmt.max]
+    for low in dict.fromkeys(values):
+        high = fmt.next_up(low)
+        for share in (1 / 8, 3 / 8, 1 / 2, 7 / 8):
+            x = torch.full((64, n // 64), low + share * (high - low))
+            step = torch.tensor(cases)
+            y, _ = cpu.cast(x, f"{name}(rounding=stochastic-{bits})", -1, KEY, step, None, False)
+            assert bool(((y == low) | (y == high)).all())
+            p = int(share * 2**bits) / 2**bits  # the share that so few bits can tell
+            ups = int((y == high).sum())
+            if p == 0:
+                assert ups == 0
+                continue
+            statistic += (ups - n * p) ** 2 / (n * p * (1 - p))
+            cases += 1
+    assert scipy_stats.chi2.sf(statistic, cases) > 1e-3
+
+
+@pytest.mark.parametrize("text", STOCHASTIC)
+def test_stochastic_rounding_stays_between_the_neighbours_of_a_value(text: str) -> None:
+    x = normal_tensor(40, 64, seed=25)
+    x = x if element_of(formats.get(text)).signed else x.abs()
+    up, down = (
+        cpu.cast(x, str(formats.with_rounding(formats.get(text), r)), -1, 0, None, None, False)[0]
+        for r in ("up", "down")
+    )
+    y = cpu.cast(x, text, -1, KEY, STEP, None, False)[0]
+    assert bool(((y == up) | (y == down)).all())
+
+
+@pytest.mark.parametrize("backend", [cpu, slow], ids=["cpu", "reference"])
+def test_a_stochastic_rounding_without_a_step_is_refused(backend: object) -> None:
+    with pytest.raises(ConfigError, match="draws random bits: pass a key"):
+        backend.cast(torch.ones(4), "bf16(rounding=stochastic)", -1, 0, None, None, False)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="expected 1 int64 rows, got 2"):
+        backend.cast(torch.ones(4), "bf16(rounding=stochastic)", -1, 0, STEP, torch.arange(2), False)  # type: ignore[attr-defined]
 
 
 def test_one_infinity_does_not_spoil_what_a_cast_reports_of_the_rest() -> None:
     x = normal_tensor(8, 64, seed=7)
     x[0, 3], x[1, 5] = torch.inf, torch.nan
     for name in ("mxfp4", "fp8_e4m3", "bf16"):
-        _, stats = cpu.cast(x, name, -1, "nearest-even", True)
+        _, stats = cpu.cast(x, name, -1, KEY, STEP, None, True)
         assert stats.isfinite().all(), name
-        assert_same_stats(stats, slow.cast(x, name, -1, "nearest-even", True)[1])
+        assert_same_stats(stats, slow.cast(x, name, -1, KEY, STEP, None, True)[1])
 
 
 def test_a_cast_reports_what_it_did() -> None:
     x = torch.tensor([6.0, 6.5, 0.25, 1.0, -7.0, 0.0])
-    out, stats = cpu.cast(x, "fp4_e2m1", -1, "nearest-even", True)
+    out, stats = cpu.cast(x, "fp4_e2m1", -1, KEY, STEP, None, True)
     assert out.tolist() == [6, 6, 0, 1, -6, 0]
     s = dict(zip(STATS, stats.tolist(), strict=True))
     assert s["count"] == 6
@@ -355,7 +460,7 @@ def test_rows_of_another_number_or_type_are_refused(backend: object) -> None:
 def test_other_dtypes_are_refused(backend: object, dtype: torch.dtype) -> None:
     x = torch.ones(4, 4, dtype=dtype)
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
-        backend.cast(x, "mxfp4", -1, "nearest-even", False)  # type: ignore[attr-defined]
+        backend.cast(x, "mxfp4", -1, KEY, STEP, None, False)  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="float32 or bfloat16"):
         backend.perturb(x, str(MODELS[0]), KEY, torch.tensor(0), None, None, False)  # type: ignore[attr-defined]
 
@@ -369,9 +474,9 @@ def digest() -> str:
     x = torch.from_numpy(random_bits(40_000, seed=16).copy())
     tensors = [x.view(-1, 100), normal_tensor(77, 300, seed=17), normal_tensor(301, 77, seed=18)]
     for t in [*tensors, *[t.bfloat16() for t in tensors]]:
-        for name in NAMES:
-            for axis in (0, 1):
-                out, stats = cpu.cast(t, name, axis, "nearest-even", True)
+        for name in TEXTS:
+            for axis in axes_of(name, 2):
+                out, stats = cpu.cast(t, name, axis, KEY, STEP, None, True)
                 counts = torch.stack([stats[STATS.index(k)] for k in COUNTS])
                 h.update(bits(out.float().numpy()).tobytes() + counts.numpy().tobytes())
         for model in MODELS:
@@ -398,4 +503,8 @@ def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
 
 
 def test_formats_of_every_kind_are_covered() -> None:
-    assert {f.overflow for f in map(formats.get, NAMES) if isinstance(f, Format)} == {"saturate", "inf"}
+    elements = [element_of(formats.get(t)) for t in TEXTS]
+    assert {e.overflow for e in elements} == {"saturate", "inf", "nan"}
+    assert {e.rounding for e in elements} >= set(formats.ROUNDINGS)
+    blocks = [f for f in map(formats.get, TEXTS) if isinstance(f, BlockFormat)]
+    assert {(f.scale_format, f.scale) for f in blocks} == {(k, r) for k, rs in formats.SCALE_RULES.items() for r in rs}

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "aqnsim"
-NOUNS = ["formats", "errors", "_errors", "rng", "receipts", "aqn", "profiles", "cli"]
-STDLIB_ONLY = [PACKAGE / "profiles/__init__.py", *(PACKAGE / f"{name}.py" for name in NOUNS if name != "profiles")]
+NOUNS = ["formats", "errors", "_errors", "rng", "receipts", "aqn", "profiles"]
+STDLIB_ONLY = [path for name in NOUNS for path in [*PACKAGE.glob(f"{name}.py"), *PACKAGE.glob(f"{name}/*.py")]]
 KERNELS = sorted(p for folder in ("core", "cpu") for p in (ROOT / "csrc" / folder).iterdir())
 
 
@@ -41,7 +41,11 @@ def test_imports_are_found_wherever_they_stand() -> None:
     assert included('#include "../core/a.h"\n  # include <torch/extension.h>') == ["../core/a.h", "torch/extension.h"]
 
 
-@pytest.mark.parametrize("path", STDLIB_ONLY, ids=lambda p: p.stem)
+def test_every_noun_has_a_module() -> None:
+    assert {p.stem if p.parent == PACKAGE else p.parent.name for p in STDLIB_ONLY} == set(NOUNS)
+
+
+@pytest.mark.parametrize("path", STDLIB_ONLY, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_the_nouns_import_the_standard_library_only(path: Path) -> None:
     assert imported(path.read_text()) - sys.stdlib_module_names <= {"aqnsim"}
 
@@ -55,7 +59,9 @@ def test_the_nouns_load_neither_torch_nor_numpy() -> None:
 
 
 def test_the_reference_needs_numpy_only() -> None:
-    assert imported((PACKAGE / "reference.py").read_text()) - sys.stdlib_module_names == {"aqnsim", "numpy"}
+    modules = sorted((PACKAGE / "reference").iterdir())
+    found = set().union(*(imported(p.read_text()) for p in modules if p.suffix == ".py"))
+    assert found - sys.stdlib_module_names == {"aqnsim", "numpy"}
 
 
 def test_the_library_never_imports_its_application() -> None:

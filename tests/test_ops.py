@@ -43,19 +43,33 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad:
 # ---- torch's checks ------------------------------------------------------------------------------------------------
 
 
+FORMATS = [
+    "mxfp4",
+    "mxfp4(block=32x32)",
+    "nvfp4",
+    "hif4",
+    "hif8",
+    "fp8_e4m3",
+    "fp8_e4m3_tensor",
+    "int8_token",
+    "e3m4",
+    "fp8_e4m3_128x128(rounding=stochastic-8)",
+]
+
+
 @DTYPES
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "fp8_e4m3", "e3m4"])
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_opcheck_cast(fmt: str, dtype: torch.dtype, grad: bool) -> None:
     for x in (tensor(3, 70, dtype=dtype, grad=grad), tensor(4, 3, 5, dtype=dtype).transpose(0, 2).requires_grad_(grad)):
-        torch.library.opcheck(OPS.cast.default, (x, fmt, 1, "nearest-even", True))
+        torch.library.opcheck(OPS.cast.default, (x, fmt, 1, KEYS[0], STEP, None, True))
 
 
-@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "fp8_e4m3"])
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_opcheck_quantize(fmt: str, axis: int) -> None:
-    torch.library.opcheck(OPS.quantize.default, (tensor(33, 70), fmt, axis))
-    torch.library.opcheck(OPS.quantize.default, (tensor(33, 70, dtype=torch.bfloat16), fmt, axis))
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(OPS.quantize.default, (tensor(33, 70, dtype=dtype), fmt, axis, KEYS[0], STEP, None))
 
 
 @DTYPES
@@ -210,9 +224,9 @@ def test_a_frozen_weight_costs_no_cast_of_the_input_in_the_backward(monkeypatch:
     y, _ = run_linear(W4A4, tensor(64, 32, grad=True), tensor(8, 32, seed=1))
     calls = []
     original = _core.cast
-    monkeypatch.setattr(_core, "cast", lambda *a: calls.append(a[4]) or original(*a))
+    monkeypatch.setattr(_core, "cast", lambda *a: calls.append(a[5]) or original(*a))
     y.sum().backward()
-    assert calls == [(8, 32, 1)]  # the weight, for grad-input
+    assert calls == [(8, 1, 32)]  # the weight, for grad-input
 
 
 # ---- composition ---------------------------------------------------------------------------------------------------

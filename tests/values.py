@@ -46,16 +46,28 @@ def random_bits(n: int, seed: int) -> F32:
 
 EDGES = np.array([0.0, 2**-149, 2**-127, 2**-126, 1.0, 3.4028235e38, np.inf, np.nan], np.float32)
 
+MANY = 1 << 12
+
 
 def critical(fmt: Format) -> F32:
-    """Values of a format, the midpoints between neighbours, one ulp around each, edges; both signs."""
+    """Values of a format, the midpoints between neighbours, one ulp around each, edges; both signs.
+
+    Of a format with more than 2^16 values, a sample with all powers of two.
+    """
     values = np.array(fmt.values())
-    following = 2 * values[-1] - values[-2]  # what would come after max, had it a code
-    grid = np.append(values, following)
-    points = np.concatenate([grid, (grid[1:] + grid[:-1]) / 2])
+    lowest, step = values[-1], values[-1] - values[-2] if len(values) > 1 else values[-1]
+    grid = np.concatenate([[0.0] if values[0] else [], values, lowest + step * np.arange(1, 5)])  # and what would come after max
+    low, high = grid[:-1], grid[1:]
+    if len(grid) > 1 << 16:
+        whole = np.frexp(high)[0] == 0.5
+        kept = whole | np.roll(whole, -1) | (np.random.default_rng(0).random(len(low)) < MANY / len(low))
+        kept[-6:] = True
+        low, high = low[kept], high[kept]
+    points = np.concatenate([low, high, (low + high) / 2])
     with np.errstate(over="ignore"):
         exact = points.astype(np.float32)
         assert np.array_equal(exact[np.isfinite(exact)], points[np.isfinite(exact)])
         around = [np.nextafter(exact, np.float32(s)) for s in (-np.inf, np.inf)]
     x = np.concatenate([exact, *around, EDGES])
-    return np.concatenate([x, -x])
+    x = np.unique(x[~np.isnan(x)])
+    return np.concatenate([x, -x, EDGES[-1:]])

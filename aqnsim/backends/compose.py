@@ -75,7 +75,7 @@ def linear_ops(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
     """``linear`` and ``linear_backward`` from a backend's primitives."""
 
     def operand(t: Tensor, fmt: str | None) -> tuple[Tensor, Tensor]:
-        return cast(t, fmt, -1, "nearest-even", True) if fmt else (t, _no_stats(t))
+        return cast(t, fmt, -1, 0, None, None, True) if fmt else (t, _no_stats(t))
 
     def linear(
         x: Tensor,

@@ -4,30 +4,49 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aqnsim import _core
-from aqnsim._errors import BackendError, ConfigError
+from aqnsim._errors import BackendError
 from aqnsim.backends import Backend, register
+from aqnsim.backends.checks import check_dtype, check_rows, check_step, shape_in_rows
 from aqnsim.backends.compose import linear_ops
 from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian, parse
-from aqnsim.formats import BlockFormat, element_of, float32, get
+from aqnsim.formats import (
+    ROUNDINGS,
+    AnyFormat,
+    BlockFormat,
+    Format,
+    float32,
+    get,
+    random_bits,
+    scale_shape,
+)
 from aqnsim.receipts import STATS
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OVERFLOWS = {"saturate": 0, "inf": 1, "nan": 2}
-_SCALES = {"e8m0-floor": 1, "e4m3-two-level": 2}
+_SCALES = {  # the enum Scale of csrc/core/block.h, by scale format and rule
+    **{("e8m0", rule): 1 for rule in ("floor", "ceil", "rceil", "even", "amct")},
+    ("e8m0", "mse"): 2,
+    ("fp8_e4m3", "te"): 3,
+    ("fp8_e4m3", "qutlass"): 3,
+    ("fp8_e4m3", "torchao"): 4,
+    ("fp8_e4m3", "modelopt"): 5,
+    ("fp8_e4m3", "compressed_tensors"): 6,
+    ("fp8_e4m3", "4over6-mae"): 7,
+    ("fp8_e4m3", "4over6-mse"): 8,
+    ("fp32", "amax"): 9,
+    ("fp32", "te"): 10,
+    ("fp32", "te-pow2"): 11,
+    ("hif4", "hif4"): 12,
+}
 _KINDS: dict[type[ErrorModel], int] = {RelativeGaussian: 0, AbsoluteGaussian: 1}
 _INJECTED = STATS.index("injected_n") - 1
 _PARALLEL_FROM = 1 << 15  # elements: below, waking threads costs more than they save
-
-
-def _dtype(t: Tensor) -> int:
-    if t.dtype not in _DTYPES:
-        raise ConfigError(f"expected a float32 or bfloat16 tensor, got {t.dtype}: convert it first")
-    return _DTYPES[t.dtype]
 
 
 def _threads(t: Tensor) -> int:
@@ -41,47 +60,146 @@ def _stats(values: list[float], measure: bool, sigma: float = 0.0) -> Tensor:
     return torch.tensor([1.0, *values, sigma * sigma * values[_INJECTED]], dtype=torch.float64)
 
 
+def _element(e: Format) -> object:
+    name = "stochastic" if random_bits(e) else e.rounding
+    return _core.Element(
+        mantissa_bits=e.mantissa_bits,
+        min_exponent=-e.taper[-1][0] if e.taper else e.min_exponent,
+        bias=e.bias,
+        max=float32(e.max),
+        max_negative=float32(-e.min if e.signed else e.max),
+        min_normal=e.min_normal,
+        nan={"keep": math.nan, "zero": 0.0, "max": float32(e.max)}[e.nan],
+        overflow=_OVERFLOWS[e.overflow],
+        rounding=ROUNDINGS.index(name),
+        random_bits=random_bits(e),
+        is_signed=e.signed,
+        has_zero=e.has_zero,
+        has_negative_zero=e.has_negative_zero,
+        flush=e.subnormals == "flush",
+        tapered=bool(e.taper),
+    )
+
+
+def _carry_from(fmt: BlockFormat) -> int:
+    """The fraction bits of a block's largest magnitude from which its rule takes the next power of two."""
+    e, never = fmt.element, 1 << 23
+    width = e.mantissa_bits - e.is_integer
+    leading = math.ldexp(e.max, -e.max_exponent) - 1
+    return {
+        "ceil": 1,
+        "rceil": int(leading * never) + 1,
+        "even": never - (1 << (22 - width)),
+        "amct": 3 * never // 4 + 1,
+    }.get(fmt.scale, never)
+
+
+def _scaling(fmt: BlockFormat) -> object:
+    rule = _SCALES[fmt.scale_format, fmt.scale]
+    rows, columns = fmt.tile or {"axis": (1, 0), "tensor": (0, 0)}[str(fmt.block)]
+    largest = 6 * fmt.scale_max if fmt.scale_format == "fp8_e4m3" else fmt.amax_to or fmt.element.max
+    return _core.Scaling(
+        rule=rule,
+        rows=rows,
+        columns=columns,
+        emax=fmt.element.max_exponent,
+        carry_from=_carry_from(fmt),
+        zero_exponent=0 if fmt.zero_scale == "one" else -127,
+        finite_only=fmt.special == "element",
+        largest=float32(largest),
+        fixed_encode=6.0 if fmt.scale == "qutlass" else 0.0,
+    )
+
+
+class _Plan(NamedTuple):
+    """A format as ``_core.cast`` takes it."""
+
+    element: object
+    scaling: object
+    needs_amax: bool
+
+
 @lru_cache(maxsize=1024)
-def _format_args(name: str) -> tuple[int, int, int, float, int, int]:
-    """(block, mantissa bits, min exponent, max, overflow, scale rule) as ``_core.cast`` takes them."""
-    fmt = get(name)
-    e = element_of(fmt)
-    block, scale = (fmt.block, _SCALES[fmt.scale]) if isinstance(fmt, BlockFormat) else (1, 0)
-    return block, e.mantissa_bits, e.min_exponent, float32(e.max), _OVERFLOWS[e.overflow], scale
+def _plan(text: str) -> _Plan:
+    fmt = get(text)
+    if not isinstance(fmt, BlockFormat):
+        return _Plan(_element(fmt), _core.Scaling(rule=0), False)
+    return _Plan(_element(fmt.element), _scaling(fmt), fmt.scale_format == "fp8_e4m3" or fmt.block == "tensor")
+
+
+def _view(fmt: AnyFormat, shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int, int], bool]:
+    """A contiguous tensor as [batch, high, wide], blocks along ``wide``; whether neighbours there are so in memory."""
+    if not isinstance(fmt, BlockFormat) or fmt.block == "tensor":
+        return (1, 1, math.prod(shape)), True
+    shape = shape or (1,)
+    axis %= len(shape)
+    before, n, after = shape[:axis], shape[axis], shape[axis + 1 :]
+    if fmt.tile is None or fmt.tile[0] == 1:
+        return (math.prod(before), math.prod(after), n), False
+    if after:
+        return (math.prod(before), after[0], n), False
+    return (math.prod(before[:-1]), before[-1] if before else 1, n), True
+
+
+def _random_words(x: Tensor, fmt: str, key: int, step: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    at = check_step(get(fmt), step)
+    if at is None:
+        return None
+    rows = check_rows("cast", x, rows)
+    words = torch.empty(x.shape, dtype=torch.int32)
+    address = 0 if rows is None else rows.data_ptr()
+    _core.random_words(words.data_ptr(), address, *shape_in_rows(x), key & 0xFFFFFFFFFFFFFFFF, at, _threads(x))
+    return words
 
 
 def _run_cast(
-    x: Tensor, out: Tensor, scales: int, fmt: str, axis: int, unscaled: bool, measure: bool
+    x: Tensor, out: Tensor, scales: Tensor | None, fmt: str, axis: int, words: Tensor | None, measure: bool
 ) -> tuple[list[float], float]:
-    args = _format_args(fmt)
-    shape = x.shape if x.dim() else (1,)
-    axis %= len(shape)
-    view = (math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
-    code, threads = _dtype(x), _threads(x)
-    amax = _core.amax(x.data_ptr(), code, x.numel(), threads) if args[5] == 2 else 0.0
-    stats = _core.cast(x.data_ptr(), out.data_ptr(), scales, code, view, *args, amax, unscaled, measure, threads)
+    plan, (shape, row_major) = _plan(fmt), _view(get(fmt), tuple(x.shape), axis)
+    code, threads = _DTYPES[check_dtype(x)], _threads(x)
+    amax = _core.amax(x.data_ptr(), code, x.numel(), threads) if plan.needs_amax else 0.0
+    stats = _core.cast(
+        x.data_ptr(),
+        out.data_ptr(),
+        0 if scales is None else scales.data_ptr(),
+        0 if words is None else words.data_ptr(),
+        code,
+        shape,
+        row_major,
+        plan.element,
+        plan.scaling,
+        amax,
+        scales is not None,
+        measure,
+        threads,
+    )
     return stats, amax
 
 
-def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[Tensor, Tensor]:
+def cast(
+    x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None, measure: bool
+) -> tuple[Tensor, Tensor]:
+    scale_shape(get(fmt), tuple(x.shape), axis)  # refuses what the kernels cannot see
     x = x.contiguous()
     out = torch.empty_like(x)
-    stats, _ = _run_cast(x, out, 0, fmt, axis, False, measure)
+    stats, _ = _run_cast(x, out, None, fmt, axis, _random_words(x, fmt, key, step, rows), measure)
     return out, _stats(stats, measure)
 
 
-def quantize(x: Tensor, fmt: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     f = get(fmt)
+    check_dtype(x)
     x = x.float().contiguous()
-    out = torch.empty_like(x)
-    shape = list(x.shape) or [1]
-    scales = torch.ones(())
-    if isinstance(f, BlockFormat):
-        shape[axis] = -(-shape[axis] // f.block)
-        scales = torch.empty(shape)
-    _, amax = _run_cast(x, out, scales.data_ptr() if scales.dim() else 0, fmt, axis, True, False)
-    tensor_scale = torch.tensor(amax) / 2688.0 if _format_args(fmt)[5] == 2 else torch.ones(())
-    return out, scales, tensor_scale
+    words, out = _random_words(x, fmt, key, step, rows), torch.empty_like(x)
+    if not isinstance(f, BlockFormat):
+        _run_cast(x, out, None, fmt, axis, words, False)
+        return out, torch.ones(()), torch.ones(())
+    shape = scale_shape(f, tuple(x.shape), axis)
+    scales = torch.empty(shape, dtype=torch.int32 if f.scale_format == "hif4" else torch.float32)
+    _, amax = _run_cast(x, out, scales, fmt, axis, words, False)
+    return out, scales, torch.tensor(_core.tensor_scale(_plan(fmt).scaling, amax))
 
 
 def perturb(
@@ -98,17 +216,13 @@ def perturb(
         raise BackendError(f"backend 'cpu' has no kernel for {model}; it has: {', '.join(k.kind for k in _KINDS)}")
     y = y.contiguous()
     out = torch.empty_like(y, dtype=dtype or y.dtype)
-    columns = y.shape[-1] if y.dim() else 1
-    count = y.numel() // columns if columns else 0
-    if rows is not None:
-        rows = rows.contiguous()
-        if rows.numel() != count or rows.dtype != torch.int64:
-            raise ConfigError(f"perturb: expected {count} int64 rows, got {rows.numel()} of {rows.dtype}")
+    count, columns = shape_in_rows(y)
+    rows = check_rows("perturb", y, rows)
     stats = _core.perturb(
         y.data_ptr(),
         out.data_ptr(),
-        _dtype(y),
-        _dtype(out),
+        _DTYPES[check_dtype(y)],
+        _DTYPES[check_dtype(out)],
         count,
         columns,
         0 if rows is None else rows.data_ptr(),

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from aqnsim import reference
-from aqnsim._errors import ConfigError
 from aqnsim.backends import Backend, register
+from aqnsim.backends.checks import check_dtype, check_rows, check_step, shape_in_rows
 from aqnsim.backends.compose import linear_ops
 from aqnsim.errors import RelativeGaussian, parse
-from aqnsim.formats import BlockFormat, element_of, get
+from aqnsim.formats import AnyFormat, BlockFormat, element_of, get
 from aqnsim.receipts import STATS
-from aqnsim.reference import F32
+from aqnsim.reference import F32, U32
 
 
 def _numpy(x: Tensor) -> F32:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
+    check_dtype(x)
     return x.detach().float().numpy()
 
 
 def _held(values: F32, dtype: torch.dtype) -> tuple[Tensor, F32]:
     """Values as a tensor of ``dtype`` and, again, as the fp32 values that it holds."""
     held = reference.to_bf16(values) if dtype == torch.bfloat16 else np.asarray(values, np.float32)
-    return torch.from_numpy(np.array(held, order="C")).to(dtype), held  # keeps 0 dimensions
+    return _tensor(held).to(dtype), held
 
 
 def _sum2(x: F32) -> float:
@@ -37,12 +39,29 @@ def _different(a: F32, b: F32) -> int:
     return int(np.sum(other & ~(np.isnan(a) & np.isnan(b))))
 
 
-def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[Tensor, Tensor]:
+def _words(x: Tensor, fmt: AnyFormat, key: int, step: Tensor | None, rows: Tensor | None) -> U32 | None:
+    at = check_step(fmt, step)
+    if at is None:
+        return None
+    count, columns = shape_in_rows(x)
+    rows = check_rows("cast", x, rows)
+    ids = np.arange(count) if rows is None else rows.numpy()
+    return reference.random_words(ids, columns, key, at).reshape(tuple(x.shape))
+
+
+def cast(
+    x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None, measure: bool
+) -> tuple[Tensor, Tensor]:
     f, values = get(fmt), _numpy(x)
-    out, held = _held(reference.cast(values, f, axis), x.dtype)
+    element, words = element_of(f), _words(x, f, key, step, rows)
+    if isinstance(f, BlockFormat):
+        blocks = reference.blocks_of(values, f, axis, words)
+        scaled, result = blocks.scaled, blocks.values
+    else:
+        scaled, result = values, reference.round_to(values, f, words)
+    out, held = _held(result, x.dtype)
     stats = torch.zeros(len(STATS), dtype=torch.float64)
     if measure:
-        scaled = _scaled(values, f, axis)
         with np.errstate(all="ignore"):
             error = held - values
         finite = np.isfinite(error)  # one Inf must not spoil the sums of all others
@@ -55,7 +74,7 @@ def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[
                 _sum2(np.where(finite, values, 0)),
                 0,
                 0,
-                int(np.sum(np.abs(scaled) > element_of(f).max)),
+                int(np.sum((scaled > element.max) | (scaled < (element.min if element.signed else -element.max)))),
                 int(np.sum(~np.isfinite(held))),
                 0,
             ]
@@ -63,33 +82,19 @@ def cast(x: Tensor, fmt: str, axis: int, rounding: str, measure: bool) -> tuple[
     return out, stats
 
 
-def _scaled(x: F32, f: object, axis: int) -> F32:
-    """What reaches the element format: ``x`` times its block's factor."""
+def quantize(
+    x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    f, values = get(fmt), _numpy(x)
+    words = _words(x, f, key, step, rows)
     if not isinstance(f, BlockFormat):
-        return x
-    if x.ndim == 0:
-        return _scaled(x.reshape(1), f, 0).reshape(())
-    moved = np.moveaxis(x, axis, -1)
-    factors = np.repeat(reference.blocks_of(moved, f).factors, f.block, axis=-1)
-    with np.errstate(all="ignore"):
-        return moved * factors[..., : moved.shape[-1]]
+        return _tensor(reference.round_to(values, f, words)), torch.ones(()), torch.ones(())
+    b = reference.blocks_of(values, f, axis, words)
+    return _tensor(b.elements), _tensor(b.scales), torch.tensor(b.tensor_scale)
 
 
-def quantize(x: Tensor, fmt: str, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    f, values = get(fmt), np.atleast_1d(_numpy(x))
-    if not isinstance(f, BlockFormat):
-        return (
-            torch.from_numpy(reference.cast(values, f)).reshape(x.shape),
-            torch.ones(()),
-            torch.ones(()),
-        )
-    b = reference.blocks_of(np.moveaxis(values, axis, -1), f)
-    back = [np.ascontiguousarray(np.moveaxis(p, -1, axis)) for p in (b.elements, b.scales)]
-    return (
-        torch.from_numpy(back[0]).reshape(x.shape),
-        torch.from_numpy(back[1]),
-        torch.tensor(b.tensor_scale),
-    )
+def _tensor(values: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(values, order="C"))  # keeps 0 dimensions
 
 
 def perturb(
@@ -102,10 +107,8 @@ def perturb(
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
     model, before = parse(error), _numpy(y)
-    count = y.numel() // y.shape[-1] if y.dim() and y.shape[-1] else int(y.dim() == 0)
-    if rows is not None and (rows.numel() != count or rows.dtype != torch.int64):
-        raise ConfigError(f"perturb: expected {count} int64 rows, got {rows.numel()} of {rows.dtype}")
-    after = reference.perturb(before, model, key, int(step), None if rows is None else rows.reshape(-1).numpy())
+    rows = check_rows("perturb", y, rows)
+    after = reference.perturb(before, model, key, int(step), None if rows is None else rows.numpy())
     out, held = _held(after, dtype or y.dtype)
     stats = torch.zeros(len(STATS), dtype=torch.float64)
     if measure:

@@ -294,7 +294,7 @@ class Emulation:
                 )
 
     def _is_error(self, site: Site, stream: str) -> bool:
-        return stream == "aqn" or self._requested(site, stream).find("(") > 0
+        return stream not in ("weight", "input") and self._requested(site, stream) != "-"
 
     def _requested(self, site: Site, stream: str) -> str:
         spec = site.spec
@@ -324,7 +324,7 @@ class Emulation:
         """Write cast(W) into a frozen weight, once, and keep the master."""
         fmt = site.spec.forward.weight
         master = weight.data
-        value, stats = torch.ops.aqnsim.cast(master, fmt, -1, "nearest-even", True)
+        value, stats = torch.ops.aqnsim.cast(master, fmt, -1, 0, None, None, True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
         self._masters.append(_Frozen(site.name, weight, master, value, _digest(value)))

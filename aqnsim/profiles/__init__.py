@@ -24,18 +24,23 @@ from typing import Any
 from aqnsim import errors, formats
 from aqnsim._errors import ConfigError, did_you_mean, unknown
 
-SEMANTICS = 1
+SEMANTICS = 2
 """Version of what formats and errors mean; part of every fingerprint."""
 
 KINDS = ("linear",)
 """Kinds of site that a rule can match."""
 
 
-def _checked_format(name: str | None, where: str) -> None:
-    if name is not None:
-        if not isinstance(name, str):
-            raise ConfigError(f"{where}: expected the name of a format, got {name!r}")
-        formats.get(name)
+def _canonical_format(name: str | None, where: str) -> str | None:
+    """One text for one format, so that two spellings of it have the same fingerprint."""
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: expected the name of a format, got {name!r}")
+    fmt = formats.get(name)
+    if formats.random_bits(fmt):
+        raise ConfigError(f"{where}: {name!r} rounds stochastically, which an emulated op has no random bits for yet")
+    return str(fmt)
 
 
 def _canonical_error(text: str | None, where: str) -> str | None:
@@ -59,8 +64,8 @@ class Forward:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        _checked_format(self.input, "forward.input")
-        _checked_format(self.weight, "forward.weight")
+        object.__setattr__(self, "input", _canonical_format(self.input, "forward.input"))
+        object.__setattr__(self, "weight", _canonical_format(self.weight, "forward.weight"))
         object.__setattr__(self, "error", _canonical_error(self.error, "forward.error"))
 
 

@@ -34,6 +34,8 @@ AQN_HD float float_of(uint32_t u) {
 constexpr uint32_t kSignBit = 0x80000000u;
 constexpr uint32_t kAbsMask = 0x7fffffffu;
 constexpr uint32_t kInfBits = 0x7f800000u;
+constexpr uint32_t kNanBits = 0x7fc00000u;
+constexpr float kFloatMax = 3.4028234663852886e38f;
 
 AQN_HD float abs_of(float x) { return float_of(bits_of(x) & kAbsMask); }
 AQN_HD bool is_finite(float x) { return (bits_of(x) & kAbsMask) < kInfBits; }
@@ -60,6 +62,13 @@ AQN_HD void store(bf16* p, float x) {
   const uint32_t is_nan = (u & kAbsMask) > kInfBits ? 0xffffffffu : 0u;
   const uint32_t quiet = u | 0x00400000u;  // a NaN stays a NaN
   p->bits = static_cast<uint16_t>(((rounded & ~is_nan) | (quiet & is_nan)) >> 16);
+}
+
+// The nearest bfloat16, ties to even, as fp32.
+AQN_HD float to_bf16(float x) {
+  bf16 held;
+  store(&held, x);
+  return load(held);
 }
 
 }  // namespace aqn

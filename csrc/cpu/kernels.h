@@ -19,23 +19,23 @@ struct Stats {
   double reference2 = 0;  // sum of (input)^2
   double injected2 = 0;   // perturb: sum of ((y' - y) / |y|)^2, or of (y' - y)^2, before the output is rounded
   double injected_n = 0;  // elements in injected2
-  double saturated = 0;   // cast: elements that came out at the element format's largest magnitude from beyond it
+  double saturated = 0;   // cast: elements that were beyond the element format's range when they reached it
   double nonfinite = 0;   // elements that came out NaN or Inf
 };
 
-// A contiguous tensor seen as [outer, n, inner]; blocks run along n.
+// A contiguous tensor seen as [batch, high, wide] matrices; blocks lie along `wide`.
 struct CastArgs {
   const void* x;
   void* y;
-  float* scales;  // optional: one per block, [outer, ceil(n / block), inner]
+  void* scales;           // optional: one fp32 value (for HiF4, 32 bits of levels) a block, as the blocks lie in memory
+  const uint32_t* words;  // optional: one random word an element, laid out as x
   Dtype dtype;
-  int64_t outer, n, inner;
-  int64_t block;  // elements that share a scale (ignored for Scale::kNone)
+  int64_t batch, high, wide;
+  bool row_major;  // whether neighbours along `wide` are neighbours in memory; else those along `high` are
   Element element;
-  Scale scale;
-  int emax;           // exponent of the element format's largest binade
-  float tensor_amax;  // Scale::kE4M3TwoLevel only
-  bool unscaled;      // store the elements q instead of the values q * scale
+  Scaling scaling;    // 0 rows: the whole tensor is one block
+  float tensor_amax;  // for a scale of the tensor
+  bool unscaled;      // store the elements q instead of the values
   int threads;
 };
 
@@ -60,6 +60,9 @@ struct Kernels {
   Stats (*perturb)(const PerturbArgs&, bool measure);
   float (*amax)(const void* x, Dtype, int64_t n, int threads);
   void (*normal)(float* out, int64_t rows, int64_t columns, uint64_t key, uint32_t step);
+  // Random words of logical rows; row_ids is optional.
+  void (*random_words)(uint32_t* out, const int64_t* row_ids, int64_t rows, int64_t columns, uint64_t key,
+                       uint32_t step, int threads);
 };
 
 const Kernels& kernels();  // the best table that this processor can run

@@ -1,0 +1,134 @@
+"""The command line ``aqnsim``: look at formats, profiles and backends; measure what a cast does to a file.
+
+Only the commands that cast load torch, and only the plot loads matplotlib.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aqnsim import formats, profiles
+from aqnsim._errors import AqnsimError, ConfigError
+from aqnsim.cli import pages, tables
+from aqnsim.cli.output import Section, print_json, progress, show
+
+DEFAULT_PLOT = Path("formats.png")
+
+app = typer.Typer(
+    help="Number formats of accelerators: look at them, plot them, cast a checkpoint to one.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+profile_app = typer.Typer(help="List or show the profiles.", rich_markup_mode=None)
+app.add_typer(profile_app, name="profile")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("formats")
+def formats_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME | OUT.png]",
+            help="A format, such as hif8, e3m4 or 'nvfp4(scale=torchao)'; with --plot the PNG to write.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[bool, typer.Option("--plot", help=f"Draw formats into a PNG; default: {DEFAULT_PLOT}.")] = False,
+    plotted: Annotated[
+        list[str] | None, typer.Option("--format", metavar="NAME", help="A format to plot; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the number formats, show all about one, or plot some."""
+    if plot:
+        if as_json:
+            raise ConfigError("--plot draws a PNG and --json prints: give one of them")
+        _plot(Path(name) if name else DEFAULT_PLOT, plotted)
+        return
+    if plotted:
+        raise ConfigError("--format chooses what --plot draws; for the page of a format give its name alone")
+    if name is None:
+        print_json(tables.format_list()) if as_json else show(Section("", tables.format_table()))
+        return
+    fmt = formats.get(name)
+    print_json(pages.describe(fmt)) if as_json else show(*pages.page(fmt))
+
+
+def _plot(out: Path, names: Sequence[str] | None) -> None:
+    try:
+        from aqnsim.cli import plots
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ConfigError("--plot needs matplotlib: pip install 'aqnsim[plot]'") from error
+    if out.suffix.lower() != ".png":
+        raise ConfigError(
+            f"--plot writes a file that ends in .png, got {str(out)!r}; choose formats with --format NAME"
+        )
+    chosen = [formats.get(name) for name in names or plots.DEFAULT]
+    with progress("casting", total=len(chosen)) as step:
+        curves = plots.sqnr_curves(chosen, step)
+    plots.draw(curves, out)
+    print(out)
+
+
+@app.command("cast")
+def cast_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE.safetensors", help="The tensors to cast.")],
+    fmt: Annotated[str, typer.Option("--format", metavar="NAME", help="The format.")],
+    axis: Annotated[int, typer.Option(help="The axis along which blocks run.")] = -1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the cast tensors there.", show_default=False)
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Cast only tensors with such a name; repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of a stochastic rounding.", show_default="0")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cast every float tensor of a file, and print what that changes."""
+    from aqnsim.cli import tensors
+
+    report = tensors.cast_file(file, formats.get(fmt), axis, include or ["*"], out, seed)
+    print_json(report.to_dict()) if as_json else show(*report.page())
+
+
+@profile_app.command("list")
+def profile_list_command() -> None:
+    """List the profiles that come with the package."""
+    show(Section("", tables.profile_table()))
+
+
+@profile_app.command("show")
+def profile_show_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a profile, or path to a TOML file.")],
+) -> None:
+    """Show a profile's rules, source and fingerprint."""
+    show(*tables.profile_page(profiles.load(name)))
+
+
+@app.command("backends")
+def backends_command() -> None:
+    """List the backends and the devices that they serve."""
+    show(Section("", tables.backend_table()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 2 for an error that names its cause, 130 when interrupted."""
+    try:
+        status = app(None if argv is None else list(argv), prog_name="aqnsim", standalone_mode=False)
+    except AqnsimError as error:
+        print(f"aqnsim: error: {error}", file=sys.stderr)
+        return 2
+    except typer.TyperException as error:  # what was typed is not a command
+        print(f"aqnsim: error: {error.format_message().rstrip('.')}; see aqnsim --help", file=sys.stderr)
+        return 2
+    return int(status or 0)

@@ -1,0 +1,70 @@
+// What the kernels share: sums of what they measured, loads and stores of whole arrays, and the loop over chunks. Part
+// of each instruction set's translation unit, inside its namespace.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+
+namespace aqn::cpu::AQN_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+
+// Float partial sums in lanes, flushed into doubles before they grow long.
+struct Sums {
+  float error2[kLanes] = {}, reference2[kLanes] = {}, injected2[kLanes] = {};
+  int32_t changed[kLanes] = {}, saturated[kLanes] = {}, nonfinite[kLanes] = {}, injected_n[kLanes] = {};
+
+  void flush(Stats& s, int64_t count) {
+    s.count += static_cast<double>(count);
+    for (int j = 0; j < kLanes; ++j) {
+      s.error2 += error2[j];
+      s.reference2 += reference2[j];
+      s.injected2 += injected2[j];
+      s.changed += changed[j];
+      s.saturated += saturated[j];
+      s.nonfinite += nonfinite[j];
+      s.injected_n += injected_n[j];
+    }
+    *this = Sums();
+  }
+};
+
+Stats total(const std::vector<Stats>& parts) {
+  Stats t;
+  for (const Stats& p : parts) {
+    t.count += p.count;
+    t.changed += p.changed;
+    t.error2 += p.error2;
+    t.reference2 += p.reference2;
+    t.injected2 += p.injected2;
+    t.injected_n += p.injected_n;
+    t.saturated += p.saturated;
+    t.nonfinite += p.nonfinite;
+  }
+  return t;
+}
+
+template <class T>
+AQN_HD void load_all(float* to, const T* from, int n) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) to[i] = load(from[i]);
+}
+
+template <class T>
+AQN_HD void store_all(T* to, const float* from, int n) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) store(to + i, from[i]);
+}
+
+template <class Body>
+void for_chunks(int64_t chunks, int threads, const Body& body) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && chunks > 1)
+  for (int64_t c = 0; c < chunks; ++c) body(c);
+}
+
+}  // namespace
+}  // namespace aqn::cpu::AQN_ISA
