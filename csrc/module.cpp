@@ -96,19 +96,12 @@ PYBIND11_MODULE(_core, m) {
            "flush"_a, "tapered"_a);
   py::class_<Scaling>(m, "Scaling")
       .def(py::init([](int rule, int rows, int columns, int emax, uint32_t carry_from, int zero_exponent,
-                       bool finite_only, float largest, float fixed_encode) {
-             return Scaling{static_cast<Scale>(rule),
-                            rows,
-                            columns,
-                            emax,
-                            carry_from,
-                            zero_exponent,
-                            finite_only,
-                            largest,
-                            fixed_encode};
+                       bool finite_only, float largest) {
+             return Scaling{
+                 static_cast<Scale>(rule), rows, columns, emax, carry_from, zero_exponent, finite_only, largest};
            }),
            py::kw_only(), "rule"_a, "rows"_a = 0, "columns"_a = 0, "emax"_a = 0, "carry_from"_a = 0,
-           "zero_exponent"_a = 0, "finite_only"_a = false, "largest"_a = 0.0f, "fixed_encode"_a = 0.0f);
+           "zero_exponent"_a = 0, "finite_only"_a = false, "largest"_a = 0.0f);
   m.def("cast", &cast);
   m.def("tensor_scale", [](const Scaling& k, float amax) { return TensorScale(k, amax).stored; });
   m.def("random_words",

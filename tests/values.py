@@ -55,8 +55,9 @@ def critical(fmt: Format) -> F32:
     Of a format with more than 2^16 values, a sample with all powers of two.
     """
     values = np.array(fmt.values())
-    lowest, step = values[-1], values[-1] - values[-2] if len(values) > 1 else values[-1]
-    grid = np.concatenate([[0.0] if values[0] else [], values, lowest + step * np.arange(1, 5)])  # and what would come after max
+    largest, step = values[-1], values[-1] - values[-2] if len(values) > 1 else values[-1]
+    following = largest + step * np.arange(1, 5)  # what would come after max
+    grid = np.concatenate([[0.0] if values[0] else [], values, following])
     low, high = grid[:-1], grid[1:]
     if len(grid) > 1 << 16:
         whole = np.frexp(high)[0] == 0.5

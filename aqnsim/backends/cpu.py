@@ -33,16 +33,16 @@ _SCALES = {  # the enum Scale of csrc/core/block.h, by scale format and rule
     **{("e8m0", rule): 1 for rule in ("floor", "ceil", "rceil", "even", "amct")},
     ("e8m0", "mse"): 2,
     ("fp8_e4m3", "te"): 3,
-    ("fp8_e4m3", "qutlass"): 3,
     ("fp8_e4m3", "torchao"): 4,
     ("fp8_e4m3", "modelopt"): 5,
     ("fp8_e4m3", "compressed_tensors"): 6,
     ("fp8_e4m3", "4over6-mae"): 7,
     ("fp8_e4m3", "4over6-mse"): 8,
-    ("fp32", "amax"): 9,
-    ("fp32", "te"): 10,
-    ("fp32", "te-pow2"): 11,
-    ("hif4", "hif4"): 12,
+    ("fp8_e4m3", "qutlass"): 9,
+    ("fp32", "amax"): 10,
+    ("fp32", "te"): 11,
+    ("fp32", "te-pow2"): 12,
+    ("hif4", "hif4"): 13,
 }
 _KINDS: dict[type[ErrorModel], int] = {RelativeGaussian: 0, AbsoluteGaussian: 1}
 _INJECTED = STATS.index("injected_n") - 1
@@ -65,7 +65,7 @@ def _element(e: Format) -> object:
     return _core.Element(
         mantissa_bits=e.mantissa_bits,
         min_exponent=-e.taper[-1][0] if e.taper else e.min_exponent,
-        bias=e.bias,
+        bias=e.code_bias,
         max=float32(e.max),
         max_negative=float32(-e.min if e.signed else e.max),
         min_normal=e.min_normal,
@@ -107,7 +107,6 @@ def _scaling(fmt: BlockFormat) -> object:
         zero_exponent=0 if fmt.zero_scale == "one" else -127,
         finite_only=fmt.special == "element",
         largest=float32(largest),
-        fixed_encode=6.0 if fmt.scale == "qutlass" else 0.0,
     )
 
 

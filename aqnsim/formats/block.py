@@ -84,6 +84,8 @@ class BlockFormat:
         where = f"format {self.name!r}"
         if self.scale_format not in SCALE_RULES:
             raise unknown(f"scale format of {where}", self.scale_format, SCALE_RULES)
+        if isinstance(self.block, tuple) and self.block[:-1] == (1,):
+            object.__setattr__(self, "block", self.block[1])
         object.__setattr__(self, "scale", _RULE_ALIASES.get(self.scale, self.scale))
         if self.scale not in SCALE_RULES[self.scale_format]:
             raise unknown(f"scale rule of {where}", self.scale, [*SCALE_RULES[self.scale_format], *_RULE_ALIASES])

@@ -122,12 +122,16 @@ class Format:
             raise ConfigError(f"{where}: overflow = 'nan', but the format has no code for NaN; use saturate")
         if self.nan != "keep" and self.has_nan:
             raise ConfigError(f"{where}: nan = {self.nan!r}, but the format has a code for NaN; use keep")
+        if self.taper and (self.exponent_bits, self.mantissa_bits, self.bias, self.specials) != (5, 3, 16, "ieee"):
+            raise ConfigError(f"{where}: a tapered format is HiFloat8, whose widths and bias are fixed")
         if self.rounding == "hif8-hybrid" and not self.taper:
             raise ConfigError(f"{where}: rounding 'hif8-hybrid' is defined for HiFloat8 only")
-        if not (self._last_exponent >= -149 and math.frexp(self.max)[1] <= 128 and self.min_subnormal >= 2.0**-149):
-            raise ConfigError(f"{where}: bias {self.bias} puts numbers outside of binary32's range")
-        if self.max <= 0:
+        if self.specials == "fnuz" and not (self.signed and self.has_zero):
+            raise ConfigError(f"{where}: specials = 'fnuz' needs a sign and a zero, whose negative is the NaN")
+        if not self.is_integer and not self.taper and self._top < self.has_zero:
             raise ConfigError(f"{where}: no positive number is left beside the special codes")
+        if not (-149 <= self._last_exponent <= 128 and self.min_subnormal >= 2.0**-149 and self.max < 2.0**128):
+            raise ConfigError(f"{where}: bias {self.bias} puts numbers outside of binary32's range")
 
     # ---- the grid ---------------------------------------------------------------------------------------------------
 
@@ -169,6 +173,11 @@ class Format:
         return 1 - self.bias if self.has_zero else -self.bias
 
     @property
+    def code_bias(self) -> int:
+        """What added to an exponent gives the code, where numbers have no fraction bits."""
+        return 1 + self.taper[-1][0] if self.taper else self.bias
+
+    @property
     def _last_exponent(self) -> int:
         """Exponent of the largest code that the exponent field can spell, special or not."""
         return (1 << self.exponent_bits) - 1 - self.bias
@@ -185,13 +194,15 @@ class Format:
             return 32768.0
         if self.is_integer:
             return ((1 << self.mantissa_bits) - 1) * self.min_subnormal
-        if self.specials == "ieee":
-            return math.ldexp(2 - self.eps, self._last_exponent - 1)
-        if self.specials == "fn":  # the all-ones code is the NaN
-            if self.mantissa_bits == 0:
-                return math.ldexp(1.0, self._last_exponent - 1)
-            return math.ldexp(2 - 2 * self.eps, self._last_exponent)
-        return math.ldexp(2 - self.eps, self._last_exponent)
+        return self.decode(self._top)
+
+    @property
+    def _top(self) -> int:
+        """The largest positive code of a number; the special codes lie above it."""
+        ones = (1 << (self.exponent_bits + self.mantissa_bits)) - 1
+        if self.specials == "ieee":  # the all-ones exponent is not a number's
+            return ones - (1 << self.mantissa_bits)
+        return ones - (self.specials == "fn")
 
     @property
     def min(self) -> float:
@@ -265,13 +276,16 @@ class Format:
         return code
 
     def _encode_wide(self, value: float) -> int | None:
-        """The code by arithmetic, for IEEE-like formats that are too wide for a table."""
+        """The code by arithmetic, for floating-point formats that are too wide for a table."""
         sign = int(math.copysign(1.0, value) < 0) << (self.bits - 1)
+        ones = (1 << (self.bits - 1)) - 1
         if math.isnan(value):
-            code = ((1 << self.exponent_bits) - 1) << self.mantissa_bits | 1 << (self.mantissa_bits - 1)
-            return code if self.has_nan else None
+            quiet = ones & ~((1 << (self.mantissa_bits - 1)) - 1)
+            return {"ieee": quiet, "fn": ones, "fnuz": ones + 1, "none": None}[self.specials]
         if math.isinf(value):
-            return sign | ((1 << self.exponent_bits) - 1) << self.mantissa_bits if self.has_inf else None
+            return sign | ones & ~((1 << self.mantissa_bits) - 1) if self.has_inf else None
+        if value == 0 and sign and not self.has_negative_zero:
+            return None
         if abs(value) > self.max:
             return None
         exponent = max(math.frexp(value)[1] - 1, self.min_exponent) if value else self.min_exponent

@@ -143,7 +143,7 @@ def _build() -> dict[str, AnyFormat]:
 ALL: MappingProxyType[str, AnyFormat] = MappingProxyType(_build())
 """Every named format."""
 
-_PARAMETRIC = re.compile(r"e([1-8])m(\d+)(fn|fnuz)?\Z")
+_PARAMETRIC = re.compile(r"e([1-8])m(0|[1-9][0-9]?)(fn|fnuz)?\Z")
 
 
 def named(name: str) -> AnyFormat | None:

@@ -80,7 +80,7 @@ def _parsed(fmt: AnyFormat, field: str, text: str) -> Any:
         raise unknown(f"field of format {fmt.name!r}", field, known)
     try:
         if field == "element":
-            return get(text)
+            return fmt.element if isinstance(fmt, BlockFormat) and text == fmt.element.name else get(text)
         if field == "block":
             if text in ("axis", "tensor"):
                 return text
@@ -114,7 +114,7 @@ def text_of(fmt: AnyFormat) -> str:
         raise ConfigError(f"format {fmt.name!r} is not registered; add it to aqnsim.formats.ALL, or derive it from one")
     usual = _fields(base)
     if isinstance(fmt, BlockFormat) and isinstance(base, BlockFormat) and fmt.element.name != base.element.name:
-        usual |= {k: getattr(ALL.get(fmt.element.name, fmt.element), k) for k in _OF_ELEMENT}
+        usual |= {k: getattr(named(fmt.element.name), k) for k in _OF_ELEMENT}
     different = []
     for field, value in _fields(fmt).items():
         if field == "element":

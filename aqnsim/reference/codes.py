@@ -14,7 +14,7 @@ from aqnsim.formats import Format
 from aqnsim.reference.rounding import F32
 
 _TABLE_BITS = 16
-"""Codes of at most so many bits are looked up; wider ones, which IEEE-like formats alone have, are computed."""
+"""Codes of at most so many bits are looked up; wider ones, of signed floating-point formats alone, are computed."""
 
 
 @lru_cache(maxsize=64)
@@ -39,8 +39,14 @@ def decode(codes: npt.NDArray[Any], fmt: Format) -> F32:
     field = (codes >> fmt.mantissa_bits) & ((1 << fmt.exponent_bits) - 1)
     significand = fraction + np.where(field > 0, 1 << fmt.mantissa_bits, 0)
     magnitude = np.ldexp(significand.astype(np.float64), np.maximum(field, 1) - fmt.bias - fmt.mantissa_bits)
-    special = np.where(fraction > 0, np.nan, np.inf)
-    magnitude = np.where(field == (1 << fmt.exponent_bits) - 1, special, magnitude)
+    if fmt.specials == "ieee":
+        ends = field == (1 << fmt.exponent_bits) - 1
+        magnitude = np.where(ends, np.where(fraction > 0, np.nan, np.inf), magnitude)
+    ones = (1 << (fmt.bits - 1)) - 1
+    if fmt.specials == "fn":
+        magnitude = np.where(codes & ones == ones, np.nan, magnitude)
+    if fmt.specials == "fnuz":
+        magnitude = np.where(codes == ones + 1, np.nan, magnitude)
     return np.asarray(np.where(codes >> (fmt.bits - 1), -magnitude, magnitude), np.float32)
 
 

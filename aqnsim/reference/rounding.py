@@ -29,10 +29,11 @@ def round_to(x: F32, fmt: Format, words: U32 | None = None) -> F32:
         wide = np.abs(x).astype(np.float64)
     negative, finite = np.signbit(x), np.where(np.isfinite(wide), wide, 0.0)
     exponent = np.frexp(finite)[1].astype(np.int64) - 1
-    quantum = _quantum_exponent(exponent, fmt)
+    width = _fraction_bits(exponent, fmt)
+    quantum = np.maximum(exponent, -fmt.taper[-1][0] if fmt.taper else fmt.min_exponent) - width  # log2 of a step
     steps = np.ldexp(finite, -quantum)  # exact in float64, as is all that follows
     whole = np.floor(steps)
-    whole += _rounds_up(x, steps - whole, _is_odd(whole, quantum, fmt), negative, exponent, quantum, fmt, words)
+    whole += _rounds_up(x, steps - whole, _is_odd(whole, quantum, width, fmt), negative, exponent, quantum, fmt, words)
     magnitude = np.ldexp(whole, quantum)
     if fmt.subnormals == "flush":
         magnitude = np.where(magnitude < fmt.min_normal, 0.0, magnitude)
@@ -50,21 +51,19 @@ def round_to(x: F32, fmt: Format, words: U32 | None = None) -> F32:
     return np.asarray(np.where(np.isnan(wide), nan, result), np.float32)
 
 
-def _quantum_exponent(exponent: npt.NDArray[np.int64], fmt: Format) -> npt.NDArray[np.int64]:
-    """log2 of the distance between neighbours at numbers of an exponent."""
+def _fraction_bits(exponent: npt.NDArray[np.int64], fmt: Format) -> npt.NDArray[np.int64]:
+    """The width of the fraction of numbers of an exponent."""
     if not fmt.taper:
-        return np.maximum(exponent, fmt.min_exponent) - fmt.mantissa_bits
-    fraction_bits = np.zeros_like(exponent)
+        return np.full_like(exponent, fmt.mantissa_bits)
+    width = np.zeros_like(exponent)
     for limit, bits in reversed(fmt.taper):
-        fraction_bits = np.where(np.abs(exponent) <= limit, bits, fraction_bits)
-    return np.maximum(exponent, -fmt.taper[-1][0]) - fraction_bits
+        width = np.where(np.abs(exponent) <= limit, bits, width)
+    return width
 
 
-def _is_odd(whole: Any, quantum: Any, fmt: Format) -> Any:
-    """Whether the code of ``whole * 2^quantum`` is odd. Without mantissa bits codes are exponents."""
-    if fmt.mantissa_bits == 0:
-        return (whole == 1) & ((quantum + fmt.bias) % 2 == 1)
-    return whole % 2 == 1
+def _is_odd(whole: Any, quantum: Any, width: Any, fmt: Format) -> Any:
+    """Whether the code of ``whole * 2^quantum`` is odd. Without fraction bits codes are exponents."""
+    return np.where(width == 0, (whole == 1) & ((quantum + fmt.code_bias) % 2 == 1), whole % 2 == 1)
 
 
 def _rounds_up(

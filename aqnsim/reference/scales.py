@@ -139,6 +139,14 @@ def _te_factor(scales: F32, encode: np.float32) -> F32:
     return np.asarray(np.minimum(_ONE / (scales * (_ONE / encode)), _FLOAT_MAX))
 
 
+def _qutlass(amax_b: F32) -> _Level:
+    """As ``te`` with S_enc = 6: a block's scale holds its largest magnitude itself."""
+    sixth = _ONE / np.float32(6)
+    scales = round_to(np.float32(6) * (amax_b * sixth), _E4M3)
+    factor = np.where(scales == 0, np.float32(0), _te_factor(scales, np.float32(6)))
+    return _Level(scales, factor, scales, sixth, tensor_decode=sixth)
+
+
 def _torchao(amax_b: F32, per_tensor: np.float32) -> _Level:
     wanted = (amax_b / np.float32(6)) / per_tensor
     scales = round_to(np.clip(wanted, np.float32(2**-6), np.float32(448)), _E4M3)
@@ -153,7 +161,7 @@ def _modelopt(amax_b: F32, per_tensor: np.float32) -> _Level:
 
 
 def _compressed_tensors(amax_b: F32, amax: np.float32) -> _Level:
-    encode = np.float32(2688) / np.maximum(amax, _FLOAT_TINY)  # a NaN stays one
+    encode = np.float32(2688) * (_ONE / np.maximum(amax, _FLOAT_TINY))  # so torch divides a number by a tensor
     encode = encode if np.isfinite(encode) else _ONE
     scales = round_to((amax_b / np.float32(6)) * encode, _E4M3)
     scales = np.where(scales == 0, np.float32(0.125), scales)
@@ -169,7 +177,7 @@ def _nvfp4(blocks: F32, fmt: BlockFormat, words: U32 | None) -> Scaling:
     per_tensor = amax / np.float32(2688)
     level = {
         "te": lambda: _te(amax_b, _encode_scale(amax, np.float32(2688)), per_tensor),
-        "qutlass": lambda: _te(amax_b, np.float32(6), _ONE / np.float32(6)),  # s holds amax_b itself
+        "qutlass": lambda: _qutlass(amax_b),
         "torchao": lambda: _torchao(amax_b, per_tensor),
         "modelopt": lambda: _modelopt(amax_b, per_tensor),
         "compressed_tensors": lambda: _compressed_tensors(amax_b, amax),

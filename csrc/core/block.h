@@ -11,18 +11,19 @@ enum class Scale : int {
   kPowerOfTwo = 1,  // floor, ceil, rceil, even, amct: they differ in Scaling::carry_from alone
   kLeastError = 2,  // mse
   // E4M3 scales with one fp32 scale a tensor
-  kTwoLevel = 3,  // te, qutlass
+  kTwoLevel = 3,  // te
   kTorchao = 4,
   kModelopt = 5,
   kCompressedTensors = 6,
   kFourOverSixMae = 7,
   kFourOverSixMse = 8,
+  kQutlass = 9,
   // fp32 scales
-  kAmax = 9,
-  kEncode = 10,
-  kEncodePow2 = 11,
+  kAmax = 10,
+  kEncode = 11,
+  kEncodePow2 = 12,
   // three levels
-  kHif4 = 12,
+  kHif4 = 13,
 };
 
 // What a scale rule needs to know of a block format (aqnsim/backends/cpu.py derives these from its dataclass).
@@ -34,7 +35,6 @@ struct Scaling {
   int zero_exponent;    // E8M0: log2 of the scale of a block of zeros
   bool finite_only;     // E8M0: NaN and Inf do not count towards the scale
   float largest;        // what a scale maps the largest magnitude to; see the rules
-  float fixed_encode;   // kTwoLevel: the tensor's scale where it is a constant, else 0
 
   AQN_HD bool divides() const {  // whether a value is divided by to_element, not multiplied with it
     return rule == Scale::kModelopt || rule == Scale::kCompressedTensors || rule == Scale::kAmax;
@@ -42,7 +42,7 @@ struct Scaling {
   AQN_HD bool searches() const {  // whether the rule looks at all values of a block, not only at the largest
     return rule == Scale::kLeastError || rule == Scale::kFourOverSixMae || rule == Scale::kFourOverSixMse;
   }
-  AQN_HD bool has_tensor_scale() const { return rule >= Scale::kTwoLevel && rule <= Scale::kFourOverSixMse; }
+  AQN_HD bool has_tensor_scale() const { return rule >= Scale::kTwoLevel && rule <= Scale::kQutlass; }
 };
 
 // How one block is brought into the element format and back: q = round(x * to_element), or x / to_element;
@@ -96,11 +96,11 @@ struct TensorScale {
     if (k.rule == Scale::kTorchao || k.rule == Scale::kModelopt) {
       encode = stored = amax / 2688.0f;
     } else if (k.rule == Scale::kCompressedTensors) {
-      encode = 2688.0f / (amax < 0x1p-126f ? 0x1p-126f : amax);
+      encode = 2688.0f * (1.0f / (amax < 0x1p-126f ? 0x1p-126f : amax));  // so torch divides a number by a tensor
       encode = stored = is_finite(encode) ? encode : 1.0f;
-    } else if (k.fixed_encode != 0.0f) {
-      encode = k.fixed_encode;
-      decode = stored = 1.0f / k.fixed_encode;
+    } else if (k.rule == Scale::kQutlass) {  // a block's scale holds its largest magnitude itself
+      encode = 6.0f;
+      decode = stored = 1.0f / 6.0f;
     } else if (k.has_tensor_scale()) {
       encode = at_most_float_max(k.largest / amax);
       encode = (amax == 0.0f || encode == 0.0f) ? 1.0f : encode;
@@ -128,6 +128,10 @@ AQN_HD BlockScale nvfp4_scale(const Scaling& k, const TensorScale& t, const Roun
     const float rounded_scale = e4m3((amax / 6.0f) * t.encode);
     const float s = rounded_scale == 0.0f ? 0.125f : rounded_scale;
     return {s / t.encode, s, s / t.encode};
+  }
+  if (k.rule == Scale::kQutlass) {
+    const BlockScale b = two_level_scale(t, e4m3, t.encode * (amax * (1.0f / 6.0f)));
+    return {b.s == 0.0f ? 0.0f : b.to_element, b.s, b.s};
   }
   return two_level_scale(t, e4m3, amax * (t.encode * (1.0f / 6.0f)));
 }

@@ -22,7 +22,7 @@ enum class Rounding : int {
 struct Element {
   int mantissa_bits;       // explicit fraction bits, 0..22
   int min_exponent;        // numbers below 2^min_exponent are spaced as those above are
-  int bias;                // exponent bias: tells even codes from odd ones where there are no fraction bits
+  int bias;                // exponent plus bias is the code where there are no fraction bits: it may be even or odd
   float max;               // largest finite magnitude
   float max_negative;      // the same of negative numbers
   float min_normal;        // smallest number with a leading 1
@@ -97,7 +97,7 @@ struct Dropped {
     whole = significand >> shift;
     rest = significand & ((1u << shift) - 1u);
     half = 1u << (shift - 1);
-    odd = f.mantissa_bits == 0 ? whole == 1u && ((quantum + f.bias) & 1) : (whole & 1u) != 0;
+    odd = width == 0 ? whole == 1u && ((quantum + f.bias) & 1) : (whole & 1u) != 0;
   }
 
   AQN_HD float value(uint32_t steps) const {  // exact: steps has at most 23 bits
