@@ -101,6 +101,31 @@ def cast_command(
     print_json(report.to_dict()) if as_json else show(*report.page())
 
 
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint folder of transformers.")],
+    to: Annotated[str, typer.Option("--to", metavar="LIBRARY", help="compressed-tensors or torchao.")],
+    fmt: Annotated[str, typer.Option("--format", metavar="NAME", help="The format.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it must not exist.")],
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Leave layers with such a name as they are; repeatable.",
+            show_default="lm_head, embed_tokens, router, gate",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint whose linear layers are packed for another library."""
+    from aqnsim import export
+    from aqnsim.cli import exporting
+
+    excluded = export.DEFAULT_EXCLUDE if exclude is None else exclude
+    report = export.export(model, out, to=to, format=fmt, exclude=excluded, progress=progress)
+    print_json(exporting.to_dict(report)) if as_json else show(*exporting.page(report))
+
+
 @profile_app.command("list")
 def profile_list_command() -> None:
     """List the profiles that come with the package."""
