@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numerics
+
 from aqnsim import errors
 from aqnsim._errors import AqnsimError, ConfigError, unknown
 from aqnsim.cli.output import Table
@@ -36,9 +38,14 @@ def error_table() -> Table:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "backends": backend_table,
+    "confirmations": numerics.confirmation_table,
     "errors": error_table,
+    "exhaustive": numerics.exhaustive_table,
     "formats": format_table,
+    "nvfp4": numerics.nvfp4_table,
     "profiles": profile_table,
+    "scales": numerics.scale_table,
+    "ties": numerics.tie_table,
 }
 
 
