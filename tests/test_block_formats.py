@@ -391,6 +391,28 @@ def test_4over6_takes_the_scale_of_4_only_where_its_error_is_less() -> None:
     assert six.elements.tolist() == [[6.0] * 16], "equal errors go to 6"
 
 
+def test_the_errors_of_a_tiles_rows_are_added_first_half_to_second_half() -> None:
+    x = np.zeros((4, 32), np.float32)
+    x[0, 0] = 2688  # a tile that makes the tensor's scale 1
+    tiny = 1.5 * 2.0**-26  # lost beside 0.5, but not twice of it
+    x[0, 16:18] = 6, 4.5  # off by 0.5 with the scale of 6, which is 1
+    x[1, 16:18] = 4, tiny  # off by 0.5 with the scale of 4, which is 1.5
+    x[3, 16] = tiny
+    got = assert_equals_model("nvfp4(scale=4over6-mae, block=4x16)", x)
+    assert got.scales.tolist() == [[448.0, 1.5]]
+
+
+def test_the_scale_of_4_is_one_and_a_half_times_that_of_6_before_it_is_rounded() -> None:
+    grid = model.element("fp8_e4m3").grid[:-1]
+    middles = [float(Fraction(a + b, 2 ** (model.UNITS + 1))) for a, b in itertools.pairwise(grid)]
+    largest = 4 * around([m for m in middles if m < 400])
+    x = np.repeat(0.75 * largest[:, None], 16, axis=1)  # 3 or 4.5
+    x[:, 0] = largest
+    x = np.concatenate([np.full((1, 16), 2688), x]).astype(np.float32)
+    scales = assert_equals_model("nvfp4(scale=4over6-mse)", x).scales.ravel()
+    assert (scales[1:] > 1.2 * largest / 6).mean() > 0.9
+
+
 # ---- fp32 scales ----------------------------------------------------------------------------------------------------
 
 
@@ -470,6 +492,14 @@ def hif4_blocks(n: int, seed: int) -> F32:
     return x.astype(np.float32)
 
 
+def hif4_blocks_at_steps() -> F32:
+    """Blocks whose scale, before it is rounded to bfloat16, lies beside a midpoint of UE6M2."""
+    seventh = float(model.bfloat16(Fraction(1, 7)))
+    middles = [2.0**e * (1 + (2 * k + 1) / 8) for e in (-40, -1, 0, 9) for k in range(4)]
+    near = [m / seventh * (1 + d) for m in middles for d in (-(2.0**-9), -(2.0**-11), 0, 2.0**-11, 2.0**-9)]
+    return headed_by(np.float32(near), 64, seed=34)
+
+
 def levels(block: model.HiF4) -> int:
     """The 32 bits of a block's three levels: the scale's code, one bit for each 8 and one for each 4."""
     code = formats.element_of(get("fp8_ue6m2")).encode(float(block.scale))
@@ -479,7 +509,7 @@ def levels(block: model.HiF4) -> int:
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_hif4_equals_exact_rational_arithmetic(bf16: bool) -> None:
-    x = hif4_blocks(150, seed=19)
+    x = np.concatenate([hif4_blocks(150, seed=19), hif4_blocks_at_steps()])
     x[0] = 0
     x = reference.to_bf16(x) if bf16 else x
     got = reference.blocks_of(x, block_format("hif4"))
