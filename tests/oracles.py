@@ -35,6 +35,10 @@ WIDE_STOCHASTIC = ("stochastic-31", "stochastic-32", "stochastic")
 OVERFLOWS = ("saturate", "inf", "nan")
 
 
+def every_code(codes: Codes) -> Mask:
+    return np.ones(codes.shape, bool)
+
+
 @dataclass(frozen=True)
 class Oracle:
     """An implementation of one element format that shares no code with the package.
@@ -53,7 +57,7 @@ class Oracle:
 
     name: str
     decode: Callable[[Codes], F64] | None = None
-    codes: Callable[[Codes], Mask] = lambda codes: np.ones(codes.shape, bool)
+    codes: Callable[[Codes], Mask] = every_code
     round: Round | None = None
     roundings: tuple[str, ...] = ()
     overflows: tuple[str, ...] = ()
@@ -490,16 +494,31 @@ def _named(oracle: Oracle) -> str:
     return f"{oracle.name} ({oracle.limits})" if oracle.limits else oracle.name
 
 
+# The conversions of NVIDIA's CUDA headers, built on the host: which header, and which roundings it has.
+HEADERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "fp8_e4m3": ("cuda_fp8.h", ("nearest-even",)),
+    "fp8_e5m2": ("cuda_fp8.h", ("nearest-even",)),
+    "fp6_e2m3": ("cuda_fp6.h", ("nearest-even",)),
+    "fp6_e3m2": ("cuda_fp6.h", ("nearest-even",)),
+    "fp4_e2m1": ("cuda_fp4.h", ("nearest-even",)),
+    "e8m0": ("cuda_fp8.h (not negative values, whose sign it drops)", ("toward-zero", "up")),
+}
+
+
 def confirmed_by() -> dict[str, dict[str, str]]:
     """For each named format, what of it was compared (``decoding``, a rounding, a scale rule) and with what."""
     table: dict[str, dict[str, str]] = {}
     for name, oracles in ORACLES.items():
-        row = {"decoding": "; ".join(_named(o) for o in oracles if o.decode)}
+        row = {"decoding": "; ".join(o.name if o.codes is every_code else _named(o) for o in oracles if o.decode)}
         for rounding in (*DETERMINISTIC, "stochastic-N", "hif8-hybrid"):
             asked = "stochastic-8" if rounding == "stochastic-N" else rounding
             judges = [_named(o) for o in oracles if asked in o.roundings]
             if judges:
                 row[rounding] = "; ".join(judges)
+        if name in HEADERS:
+            header, roundings = HEADERS[name]
+            for what in ("decoding", *roundings):
+                row[what] += f"; NVIDIA's {header}"
         table[name] = row
     for text, names in BLOCK_ORACLES.items():
         name, _, fields = text.rstrip(")").partition("(")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import nvidia
 import pytest
+from oracles import HEADERS
 from values import F32, all_bf16, all_fp16, bits, critical, random_bits
 
 from aqnsim import formats, reference
@@ -90,3 +91,10 @@ def test_every_input_encodes_as_nvidia_s(library: ctypes.CDLL, conversion: Conve
         ours = reference.round_to(x, fmt)
         theirs = decoded(library, conversion, encoded(library, conversion, x))
         assert np.array_equal(bits(ours), bits(theirs))
+
+
+def test_what_the_registry_says_of_the_headers_is_what_is_compared() -> None:
+    compared: dict[str, set[str]] = {}
+    for c in CONVERSIONS:
+        compared.setdefault(element(c.text).name, set()).add(element(c.text).rounding)
+    assert compared == {name: set(roundings) for name, (_, roundings) in HEADERS.items()}

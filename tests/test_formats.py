@@ -85,7 +85,8 @@ def test_every_named_block_format_and_every_scale_rule_has_an_oracle() -> None:
 def test_what_was_confirmed_is_told_of_every_format() -> None:
     table = confirmed_by()
     assert set(table) == set(formats.ALL)
-    assert table["fp8_e4m3"]["nearest-even"] == "ml_dtypes.float8_e4m3fn; gfloat ocp_e4m3; exact rational model"
+    judges = "ml_dtypes.float8_e4m3fn; gfloat ocp_e4m3; exact rational model; NVIDIA's cuda_fp8.h"
+    assert table["fp8_e4m3"]["nearest-even"] == judges
     assert table["hif8"]["hif8-hybrid"] == "exact rational model"
     assert table["nvfp4"]["scale=torchao"] == "exact rational model; torchao"
     assert all(text for row in table.values() for text in row.values())

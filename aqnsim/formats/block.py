@@ -86,9 +86,10 @@ class BlockFormat:
             raise unknown(f"scale format of {where}", self.scale_format, SCALE_RULES)
         if isinstance(self.block, tuple) and self.block[:-1] == (1,):
             object.__setattr__(self, "block", self.block[1])
-        object.__setattr__(self, "scale", _RULE_ALIASES.get(self.scale, self.scale))
+        aliases = _RULE_ALIASES if self.scale_format == "e8m0" else {}
+        object.__setattr__(self, "scale", aliases.get(self.scale, self.scale))
         if self.scale not in SCALE_RULES[self.scale_format]:
-            raise unknown(f"scale rule of {where}", self.scale, [*SCALE_RULES[self.scale_format], *_RULE_ALIASES])
+            raise unknown(f"scale rule of {where}", self.scale, [*SCALE_RULES[self.scale_format], *aliases])
         self._check_block(where)
         for field, allowed in _BLOCK_CHOICES.items():
             if getattr(self, field) not in allowed:
@@ -104,7 +105,7 @@ class BlockFormat:
             raise ConfigError(f"{where}: HiFloat4 is defined for blocks of 64 of fp4_e1m2")
         if self.scale_max not in (256.0, 448.0) or (self.scale_max == 256.0 and not self.scale.startswith("4over6")):
             raise ConfigError(f"{where}: scale_max must be 448, or 256 with a 4over6 rule, got {self.scale_max:g}")
-        if self.amax_to is not None and not (self.scale_format == "fp32" and 0 < self.amax_to < math.inf):
+        if self.amax_to is not None and not (self.scale_format == "fp32" and 2.0**-126 <= self.amax_to < 2.0**127):
             raise ConfigError(f"{where}: amax_to must be positive and needs fp32 scales, got {self.amax_to:g}")
         if self.scale_format != "e8m0" and (self.special, self.zero_scale) != ("block", "min"):
             raise ConfigError(f"{where}: special and zero_scale are choices of E8M0 scales only")
