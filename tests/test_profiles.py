@@ -146,10 +146,26 @@ def test_what_changes_a_number_changes_the_fingerprint(old: str, new: str) -> No
 def test_the_meaning_of_a_format_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
+    from aqnsim.formats import names, texts
+
     before = from_toml(TEXT).fingerprint
     other = dataclasses.replace(formats.get("nvfp4"), block=32)
-    monkeypatch.setattr(formats, "ALL", {**formats.ALL, "nvfp4": other})
+    monkeypatch.setattr(names, "ALL", {**formats.ALL, "nvfp4": other})
+    monkeypatch.setattr(texts, "_get", texts._get.__wrapped__)  # as in a process that never saw the other one
     assert from_toml(TEXT).fingerprint != before
+
+
+def test_two_spellings_of_a_format_have_one_fingerprint() -> None:
+    def fingerprint(text: str) -> str:
+        return from_toml(with_('"nvfp4"', f'"{text}"')).fingerprint
+
+    assert fingerprint("nvfp4( block = 16 )") == fingerprint("nvfp4")
+    assert fingerprint("nvfp4(scale=torchao)") != fingerprint("nvfp4")
+
+
+def test_a_profile_refuses_a_format_that_draws_random_bits() -> None:
+    with pytest.raises(ConfigError, match="rounds stochastically"):
+        from_toml(with_('"nvfp4"', '"nvfp4(rounding=stochastic)"'))
 
 
 # ---- bad profiles --------------------------------------------------------------------------------------------------

@@ -159,6 +159,7 @@ def scale_shape(fmt: AnyFormat, shape: tuple[Any, ...], axis: int) -> tuple[Any,
     Raises:
         ConfigError: tiles along an axis that is not one of the last two.
 
+    >>> from aqnsim.formats import get
     >>> scale_shape(get("mxfp4"), (3, 70), -1), scale_shape(get("mxfp4(block=32x32)"), (3, 70), 0)
     ((3, 3), (1, 3))
     """

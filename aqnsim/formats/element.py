@@ -236,6 +236,7 @@ class Format:
         Raises:
             ConfigError: the code is wider than the format.
 
+        >>> from aqnsim.formats import get
         >>> get("fp8_e4m3").decode(0x7E), get("fp8_e5m2").decode(0x7C), get("int8").decode(0xFF)
         (448.0, inf, -1.0)
         """
@@ -267,6 +268,7 @@ class Format:
         Raises:
             ConfigError: the format has no code for the value; cast it first.
 
+        >>> from aqnsim.formats import get
         >>> hex(get("hif8").encode(-1.0)), get("e8m0").encode(2.0)
         ('0x88', 128)
         """
@@ -301,6 +303,7 @@ class Format:
     def next_up(self, value: float) -> float:
         """The smallest number of the format above ``value``; Inf (or NaN, without one) above ``max``.
 
+        >>> from aqnsim.formats import get
         >>> get("fp4_e2m1").next_up(1.0), get("fp4_e2m1").next_up(-0.5)
         (1.5, 0.0)
         """
