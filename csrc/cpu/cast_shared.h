@@ -110,7 +110,7 @@ AQN_HD void multiply_all(float* y, const float* x, int n, const float factor) {
 }
 
 template <Rounding R>
-void round_loop(float* y, const float* x, const uint32_t* words, int n, const Element f) {
+void round_loop(float* y, const float* x, const uint32_t* words, int n, const Grid f) {
   if (words) {
 #pragma omp simd
     for (int i = 0; i < n; ++i) y[i] = rounded<R>(f, x[i], words[i]);
@@ -122,23 +122,24 @@ void round_loop(float* y, const float* x, const uint32_t* words, int n, const El
 
 // Any element format, any rounding.
 void round_all(float* y, const float* x, const uint32_t* words, int n, const Element& f) {
+  const Grid g(f);
   switch (f.rounding) {
     case Rounding::kNearestEven:
-      return round_loop<Rounding::kNearestEven>(y, x, words, n, f);
+      return round_loop<Rounding::kNearestEven>(y, x, words, n, g);
     case Rounding::kNearestAway:
-      return round_loop<Rounding::kNearestAway>(y, x, words, n, f);
+      return round_loop<Rounding::kNearestAway>(y, x, words, n, g);
     case Rounding::kNearestDown:
-      return round_loop<Rounding::kNearestDown>(y, x, words, n, f);
+      return round_loop<Rounding::kNearestDown>(y, x, words, n, g);
     case Rounding::kTowardZero:
-      return round_loop<Rounding::kTowardZero>(y, x, words, n, f);
+      return round_loop<Rounding::kTowardZero>(y, x, words, n, g);
     case Rounding::kUp:
-      return round_loop<Rounding::kUp>(y, x, words, n, f);
+      return round_loop<Rounding::kUp>(y, x, words, n, g);
     case Rounding::kDown:
-      return round_loop<Rounding::kDown>(y, x, words, n, f);
+      return round_loop<Rounding::kDown>(y, x, words, n, g);
     case Rounding::kStochastic:
-      return round_loop<Rounding::kStochastic>(y, x, words, n, f);
+      return round_loop<Rounding::kStochastic>(y, x, words, n, g);
     case Rounding::kHif8Hybrid:
-      return round_loop<Rounding::kHif8Hybrid>(y, x, words, n, f);
+      return round_loop<Rounding::kHif8Hybrid>(y, x, words, n, g);
   }
 }
 

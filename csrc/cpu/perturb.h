@@ -140,11 +140,17 @@ void random_words(uint32_t* out, const int64_t* row_ids, int64_t rows, int64_t c
                   int threads) {
   for_chunks(rows, threads, [&](int64_t row) {
     const uint64_t id = static_cast<uint64_t>(row_ids ? row_ids[row] : row);
-    uint32_t c[4][kCounters];
+    uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters], words[kTile];
     for (int64_t column = 0; column < columns; column += kTile) {
-      philox_tile(c[0], c[1], c[2], c[3], column, id, key, step);
-      const int64_t width = std::min<int64_t>(kTile, columns - column);
-      for (int64_t j = 0; j < width; ++j) out[row * columns + column + j] = c[j % 4][j / 4];
+      philox_tile(c0, c1, c2, c3, column, id, key, step);
+#pragma omp simd
+      for (int j = 0; j < kCounters; ++j) {
+        words[4 * j] = c0[j];
+        words[4 * j + 1] = c1[j];
+        words[4 * j + 2] = c2[j];
+        words[4 * j + 3] = c3[j];
+      }
+      std::copy_n(words, std::min<int64_t>(kTile, columns - column), out + row * columns + column);
     }
   });
 }
