@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from values import same_bits
 
 import aqnsim
-from aqnsim import BackendError, ConfigError, NoiseKey, RelativeGaussian
+from aqnsim import BackendError, ConfigError, NoiseKey, RelativeGaussian, formats
 from aqnsim.backends.compose import _SPREAD
 from aqnsim.profiles import Backward, Forward, OpSpec
 from aqnsim.receipts import STATS
@@ -230,6 +230,16 @@ def test_a_frozen_weight_costs_no_cast_of_the_input_in_the_backward(monkeypatch:
 
 
 # ---- composition ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", [n for n in formats.ALL if formats.element_of(formats.get(n)).signed])
+def test_linear_casts_its_operands_to_any_format(fmt: str) -> None:
+    x, w = tensor(5, 140, grad=True), tensor(12, 140, seed=1, grad=True)
+    y = run_linear(OpSpec(forward=Forward(input=fmt, weight=fmt)), x, w)[0]
+    assert same_bits(y, F.linear(cast_as(x, fmt), cast_as(w, fmt)))
+    gx, gw = torch.autograd.grad(y, (x, w), tensor(5, 12, seed=2))
+    assert same_bits(gx, tensor(5, 12, seed=2) @ cast_as(w, fmt))
+    assert same_bits(gw, tensor(5, 12, seed=2).T @ cast_as(x, fmt))
 
 
 @DTYPES
