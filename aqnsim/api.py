@@ -7,18 +7,17 @@ from torch import Tensor
 
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
+from aqnsim.backends.checks import DTYPES
 from aqnsim.errors import ErrorModel
 from aqnsim.formats import AnyFormat, element_of, get, random_bits, with_rounding
 from aqnsim.quantized import Quantized, quantized
 from aqnsim.rng import NoiseKey
 
-_DTYPES = (torch.float32, torch.bfloat16)
-
 
 def _check_tensor(x: Tensor, what: str) -> None:
     if not isinstance(x, Tensor):
         raise ConfigError(f"{what}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise ConfigError(f"{what}: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from aqnsim._errors import ConfigError
+from aqnsim.backends.checks import DTYPES
 from aqnsim.rng import NoiseKey
 
 SIZES = (16, 32, 64, 128)
@@ -48,7 +49,7 @@ def hadamard(
         raise ConfigError(f"hadamard: axis {axis} is out of range for a tensor of {x.dim()} dimensions")
     if x.shape[axis] % size:
         raise ConfigError(f"hadamard: axis {axis} has {x.shape[axis]} elements, expected a multiple of {size}")
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in DTYPES:
         raise ConfigError(f"hadamard: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
     flips = _signs(signs, size, x)
     blocks = x.float().movedim(axis, -1).unflatten(-1, (-1, size))

@@ -26,6 +26,18 @@ AQN_HD void philox_tile(uint32_t* c0, uint32_t* c1, uint32_t* c2, uint32_t* c3, 
   }
 }
 
+// Four streams of kCounters values as one of kTile columns: value j of stream i goes to column 4 j + i.
+template <class T>
+AQN_HD void interleave(T* out, const T* s0, const T* s1, const T* s2, const T* s3) {
+#pragma omp simd
+  for (int j = 0; j < kCounters; ++j) {
+    out[4 * j] = s0[j];
+    out[4 * j + 1] = s1[j];
+    out[4 * j + 2] = s2[j];
+    out[4 * j + 3] = s3[j];
+  }
+}
+
 // The standard normals of the same columns.
 AQN_HD void normal_tile(float* z, int64_t column, uint64_t row, uint64_t key, uint32_t step) {
   uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
@@ -35,13 +47,7 @@ AQN_HD void normal_tile(float* z, int64_t column, uint64_t row, uint64_t key, ui
   for (int j = 0; j < kCounters; ++j) box_muller(c0[j], c1[j], z0[j], z1[j]);
 #pragma omp simd
   for (int j = 0; j < kCounters; ++j) box_muller(c2[j], c3[j], z2[j], z3[j]);
-#pragma omp simd
-  for (int j = 0; j < kCounters; ++j) {
-    z[4 * j] = z0[j];
-    z[4 * j + 1] = z1[j];
-    z[4 * j + 2] = z2[j];
-    z[4 * j + 3] = z3[j];
-  }
+  interleave(z, z0, z1, z2, z3);
 }
 
 // What a perturbation did: y before, y' after, and the two as the output dtype holds them.
@@ -143,13 +149,7 @@ void random_words(uint32_t* out, const int64_t* row_ids, int64_t rows, int64_t c
     uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters], words[kTile];
     for (int64_t column = 0; column < columns; column += kTile) {
       philox_tile(c0, c1, c2, c3, column, id, key, step);
-#pragma omp simd
-      for (int j = 0; j < kCounters; ++j) {
-        words[4 * j] = c0[j];
-        words[4 * j + 1] = c1[j];
-        words[4 * j + 2] = c2[j];
-        words[4 * j + 3] = c3[j];
-      }
+      interleave(words, c0, c1, c2, c3);
       std::copy_n(words, std::min<int64_t>(kTile, columns - column), out + row * columns + column);
     }
   });
