@@ -11,7 +11,7 @@ from aqnsim.backends.checks import DTYPES
 from aqnsim.errors import ErrorModel
 from aqnsim.formats import AnyFormat, element_of, get, random_bits, with_rounding
 from aqnsim.quantized import Quantized, quantized
-from aqnsim.rng import NoiseKey
+from aqnsim.rng import NoiseKey, clock
 
 
 def _check_tensor(x: Tensor, what: str) -> None:
@@ -37,7 +37,7 @@ def _check_key(what: str, fmt: AnyFormat, key: NoiseKey | None, rows: Tensor | N
         return 0, None
     if not isinstance(key, NoiseKey):
         raise ConfigError(f"{what}: rounding {rounding!r} draws random bits: pass key=NoiseKey(...), got {key!r}")
-    return key.value, torch.tensor(key.step)
+    return key.value, torch.tensor(clock(key.step, key.phase))
 
 
 def cast(
@@ -136,6 +136,6 @@ def perturb(y: Tensor, error: ErrorModel, key: NoiseKey, rows: Tensor | None = N
         raise ConfigError(f"perturb: expected an error model such as RelativeGaussian(0.05), got {error!r}")
     if not isinstance(key, NoiseKey):
         raise ConfigError(f"perturb: expected a NoiseKey, got {key!r}")
-    step = torch.tensor(key.step)
+    step = torch.tensor(clock(key.step, key.phase))
     out: Tensor = torch.ops.aqnsim.perturb(y, str(error), key.value, step, rows, None, False)[0]
     return out

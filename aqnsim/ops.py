@@ -33,6 +33,18 @@ _SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor weight, str spec, bool cast_weight, int[] keys, Tensor step,"
         " Tensor? rows, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)"
     ),
+    "matmul": (
+        "(Tensor a, Tensor b, bool transposed, str spec, ScalarType dtype, int[] keys, Tensor step,"
+        " Tensor? rows, Tensor? first_rows, Tensor? other_rows, Tensor? receipt) -> (Tensor, Tensor)"
+    ),
+    "matmul_backward": (
+        "(Tensor grad, Tensor a, Tensor b, bool transposed, str spec, int[] keys, Tensor step,"
+        " Tensor? rows, Tensor? first_rows, Tensor? other_rows, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
+    ),
+    "stage": (
+        "(Tensor x, str[] forward, str[] backward, ScalarType dtype, int[] keys, Tensor step,"
+        " Tensor? rows, Tensor? receipt) -> (Tensor, Tensor)"
+    ),
     "record": "(Tensor(a!) totals, Tensor stats) -> ()",
 }
 for _name, _schema in _SCHEMAS.items():
@@ -54,12 +66,33 @@ def _perturb(y: Tensor, *args: Any) -> Any:
     return backends.resolve("perturb", y.device.type)(y, *args)
 
 
+def _run(op: str, x: Tensor, *args: Any) -> Any:
+    """A backend's composition; autocast, which has done its work where the op was called, must not reach into it."""
+    run = backends.resolve(op, x.device.type)
+    if not torch.is_autocast_enabled(x.device.type):
+        return run(x, *args)
+    with torch.autocast(x.device.type, enabled=False):
+        return run(x, *args)
+
+
 def _linear(x: Tensor, *args: Any) -> Any:
-    return backends.resolve("linear", x.device.type)(x, *args[:-1])  # the receipt is the backward's
+    return _run("linear", x, *args[:-1])  # the receipt is the backward's
 
 
 def _linear_backward(grad: Tensor, *args: Any) -> Any:
-    return backends.resolve("linear_backward", grad.device.type)(grad, *args)
+    return _run("linear_backward", grad, *args)
+
+
+def _matmul(a: Tensor, *args: Any) -> Any:
+    return _run("matmul", a, *args[:-1])
+
+
+def _matmul_backward(grad: Tensor, *args: Any) -> Any:
+    return _run("matmul_backward", grad, *args)
+
+
+def _stage(x: Tensor, forward: list[str], backward: list[str], dtype: torch.dtype, keys: list[int], *args: Any) -> Any:
+    return _run("stage", x, forward, dtype, keys[:3], *args[:-1])
 
 
 def _record(totals: Tensor, stats: Tensor) -> None:
@@ -72,6 +105,9 @@ for _name, _kernel in {
     "perturb": _perturb,
     "linear": _linear,
     "linear_backward": _linear_backward,
+    "matmul": _matmul,
+    "matmul_backward": _matmul_backward,
+    "stage": _stage,
     "record": _record,
 }.items():
     _LIB.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -113,7 +149,7 @@ def _(
 
 @register_fake("aqnsim::linear", lib=_LIB)
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), _stats_like(x, 3)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), _stats_like(x, 4)
 
 
 @register_fake("aqnsim::linear_backward", lib=_LIB)
@@ -122,8 +158,29 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tens
     return (
         x.new_empty(x.shape if need_input else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
-        _stats_like(grad, 2),
+        _stats_like(grad, 8),
     )
+
+
+@register_fake("aqnsim::matmul", lib=_LIB)
+def _(a: Tensor, b: Tensor, transposed: bool, spec: str, dtype: torch.dtype, *args: Any) -> tuple[Tensor, Tensor]:
+    columns = b.shape[-2] if transposed else b.shape[-1]
+    return a.new_empty((*a.shape[:-1], columns), dtype=dtype), _stats_like(a, 4)
+
+
+@register_fake("aqnsim::matmul_backward", lib=_LIB)
+def _(grad: Tensor, a: Tensor, b: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_a, need_b = args[-2:]
+    return (
+        a.new_empty(a.shape if need_a else (0,)),
+        b.new_empty(b.shape if need_b else (0,)),
+        _stats_like(grad, 8),
+    )
+
+
+@register_fake("aqnsim::stage", lib=_LIB)
+def _(x: Tensor, forward: list[str], backward: list[str], dtype: torch.dtype, *args: Any) -> tuple[Tensor, Tensor]:
+    return _dense(x, dtype), _stats_like(x, 3)
 
 
 @register_fake("aqnsim::record", lib=_LIB)
@@ -170,9 +227,53 @@ def _linear_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor 
         grad, x, weight, ctx.spec, ctx.cast_weight, ctx.keys, step, rows, need_x, need_w
     )
     if ctx.receipt is not None:
-        torch.ops.aqnsim.record(ctx.receipt[3:5], stats)
+        torch.ops.aqnsim.record(ctx.receipt[4:12], stats)
     grad_b = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias and need_b else None
     return (grad_x if need_x else None, grad_w if need_w else None, grad_b, *[None] * 6)
 
 
 register_autograd("aqnsim::linear", _linear_grad, setup_context=_linear_setup, lib=_LIB)
+
+
+def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    a, b, transposed, spec, _, keys, step, rows, first_rows, other_rows, receipt = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.transposed, ctx.spec, ctx.keys, ctx.receipt = transposed, spec, keys, receipt
+    ctx.save_for_backward(a, b, step, rows, first_rows, other_rows)
+
+
+def _matmul_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
+    a, b, step, rows, first_rows, other_rows = ctx.saved_tensors
+    need_a, need_b = ctx.needs_input_grad[:2]
+    grad_a, grad_b, stats = torch.ops.aqnsim.matmul_backward(
+        grad, a, b, ctx.transposed, ctx.spec, ctx.keys, step, rows, first_rows, other_rows, need_a, need_b
+    )
+    if ctx.receipt is not None:
+        torch.ops.aqnsim.record(ctx.receipt[4:12], stats)
+    return (grad_a if need_a else None, grad_b if need_b else None, *[None] * 9)
+
+
+register_autograd("aqnsim::matmul", _matmul_grad, setup_context=_matmul_setup, lib=_LIB)
+
+_NOTHING = ["", "", ""]
+
+
+def _stage_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, _, backward, _, keys, step, rows, receipt = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.dtype, ctx.steps, ctx.keys, ctx.receipt = x.dtype, backward, keys, receipt
+    ctx.save_for_backward(step, rows)
+
+
+def _stage_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not any(ctx.steps):
+        return (grad.to(ctx.dtype), *[None] * 7)
+    step, rows = ctx.saved_tensors
+    keys = [*ctx.keys[3:], *ctx.keys[3:]]
+    grad_x, stats = torch.ops.aqnsim.stage(grad, ctx.steps, _NOTHING, ctx.dtype, keys, step, rows, None)
+    if ctx.receipt is not None:
+        torch.ops.aqnsim.record(ctx.receipt, stats)
+    return (grad_x, *[None] * 7)
+
+
+register_autograd("aqnsim::stage", _stage_grad, setup_context=_stage_setup, lib=_LIB)

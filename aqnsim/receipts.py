@@ -29,8 +29,16 @@ STATS = (
 PHASES = ("attach", "rollout", "train", "eval", "reference")
 """When: ``attach`` is the one cast of frozen weights; the others are what a trainer does."""
 
-STREAMS = ("weight", "input", "output", "grad-input", "grad-weight", "aqn")
-"""Which tensor of a site."""
+DIRECTIONS = ("forward", "grad-input", "grad-weight")
+"""The three products of an op in a training step, each with four streams."""
+
+STREAMS = (
+    *("weight", "input", "output", "output-cast"),
+    *("grad-input.weight", "grad-input.grad", "grad-input", "grad-input-cast"),
+    *("grad-weight.input", "grad-weight.grad", "grad-weight", "grad-weight-cast"),
+    "aqn",
+)
+"""Which tensor of a site: for each direction its second operand, its first, its error and the cast of its result."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,9 @@ from functools import lru_cache
 
 from aqnsim._errors import ConfigError
 
+PHASES = ("rollout", "train", "eval", "reference")
+"""What a trainer does, in the order of their numbers in the counter."""
+
 POSITION_BITS = 20
 """Low bits of a logical row that hold the token's position; the sequence's id stands above them."""
 
@@ -24,9 +27,9 @@ MAX_SEQUENCE_BITS = 63 - POSITION_BITS
 
 
 @lru_cache(maxsize=65536)
-def key_of(seed: int, site: str, phase: str, stream: str) -> int:
+def key_of(seed: int, site: str, stream: str) -> int:
     """The Philox key, as a signed 64-bit integer (torch schemas have no unsigned one)."""
-    text = "\x1f".join((str(seed), site, phase, stream)).encode()
+    text = "\x1f".join((str(seed), site, stream)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
@@ -57,7 +60,7 @@ class NoiseKey:
     @property
     def value(self) -> int:
         """The 64-bit Philox key; the step is part of the counter, not of the key."""
-        return key_of(self.seed, self.site, self.phase, self.stream)
+        return key_of(self.seed, self.site, self.stream)
 
 
 def check_step(step: int) -> int:
@@ -69,3 +72,8 @@ def check_step(step: int) -> int:
     if not isinstance(step, int) or not 0 <= step < 1 << 32:
         raise ConfigError(f"step must be an integer in 0..2^32-1, got {step!r}")
     return step
+
+
+def clock(step: int, phase: str, run: int = 0) -> int:
+    """Run, phase and step as one number."""
+    return run << 32 | PHASES.index(phase) << 30 | step

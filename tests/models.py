@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aqnsim.profiles import Backward, Forward, OpSpec, Profile, Rule
+from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec, Profile, Rule
 
 SOURCE = {"definition": "for a test"}
 
@@ -22,8 +22,8 @@ def profile(
     """A profile of one rule."""
     spec = OpSpec(
         forward=Forward(input=input, weight=weight, error=error),
-        grad_input=Backward(error=grad_input),
-        grad_weight=Backward(error=grad_weight),
+        grad_input=GradInput(error=grad_input),
+        grad_weight=GradWeight(error=grad_weight),
     )
     rule = Rule(kind="linear", sites=sites, spec=spec)
     return Profile(name="test", description="for a test", source=SOURCE, exclude=exclude, rules=(rule,))

@@ -20,7 +20,7 @@ import aqnsim
 from aqnsim import AQN, AbsoluteGaussian, ConfigError, RealisationError, Receipt, RelativeGaussian
 from aqnsim.aqn import Constant, EpochAware, KStage
 from aqnsim.emulation import Emulation
-from aqnsim.emulation.modules import EmulatedLinear, NoisyNorm
+from aqnsim.emulation.modules import EmulatedLinear, EmulatedNorm
 from aqnsim.rng import key_of
 
 FIVE = str(RelativeGaussian(0.05))
@@ -227,10 +227,10 @@ def test_an_error_inside_the_block_restores_and_is_not_masked() -> None:
 
 
 def test_a_failed_attach_leaves_the_model_alone() -> None:
-    model = llama(tied=True, frozen=True)
+    model = llama(frozen=True)
     before = state_of(model)
-    with pytest.raises(ConfigError, match="tied"):
-        aqnsim.emulate(model, profile(weight="mxfp4", exclude=()))
+    with pytest.raises(ConfigError, match="multipliers name layers"):
+        aqnsim.emulate(model, profile(weight="mxfp4"), aqn=AQN(Constant(0.1), multipliers={7: 1.0}))
     assert state_of(model) == before
 
 
@@ -332,29 +332,31 @@ def test_emulating_twice_is_refused() -> None:
     model = llama()
     with aqnsim.emulate(model, "mxfp4-w4a16"):
         logits(model, tokens())
-        with pytest.raises(ConfigError, match=r"'model.layers.0.self_attn.q_proj' is already emulated"):
+        with pytest.raises(ConfigError, match=r"'model.layers.0.*' is already emulated"):
             aqnsim.emulate(model, "mxfp4-w4a4")
         with pytest.raises(ConfigError, match="is already emulated"):
             aqnsim.emulate(with_lora(model), "mxfp4-w4a4")
     with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1))) as emu:
-        with pytest.raises(ConfigError, match=r"'model.layers.0.input_layernorm' already has AQN"):
+        with pytest.raises(ConfigError, match=r"'model.layers.0.*' is already emulated"):
             aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1)))
         emu.begin_step(0, 1)
         with emu.phase("rollout"):
             logits(model, tokens())
 
 
-def test_a_tied_head_is_refused_where_it_would_be_emulated() -> None:
-    model = llama(tied=True)
-    with pytest.raises(ConfigError, match=r"weight of 'lm_head' is tied to 'model\.embed_tokens'.*exclude it"):
-        aqnsim.emulate(model, profile(weight="mxfp4", exclude=()))
-    with aqnsim.emulate(model, "mxfp4-w4a16") as emu:  # which excludes the head
-        logits(model, tokens())
-        assert "lm_head" not in {s.name for s in emu.sites}
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tied_head_is_cast_where_it_multiplies_and_not_where_it_is_looked_up(frozen: bool) -> None:
+    model, plain = (llama(tied=True, frozen=frozen) for _ in range(2))
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with aqnsim.emulate(model, profile(weight="mxfp4", exclude=("layers.*",))):
+        result = logits(model, tokens())
+        assert torch.equal(model.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+    assert torch.equal(result, F.linear(seen[0], aqnsim.cast(plain.lm_head.weight, "mxfp4")))
 
 
 def test_a_rule_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"rule 1 of profile 'test' \(linear, sites z_proj\) matches no module"):
+    with pytest.raises(ConfigError, match=r"rule 1 of profile 'test' \(linear, sites z_proj\) matches no op"):
         aqnsim.emulate(llama(), profile(weight="mxfp4", sites=("z_proj",)))
 
 
@@ -368,7 +370,7 @@ def test_a_linear_subclass_with_a_forward_of_its_own_is_refused() -> None:
 
 
 def test_other_weight_dtypes_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'0' has torch\.float64 weights; expected float32 or bfloat16"):
+    with pytest.raises(ConfigError, match=r"'0' has torch\.float64 weights; expected float32, bfloat16"):
         aqnsim.emulate(mlp(torch.float64), "mxfp4-w4a16")
 
 
@@ -376,13 +378,16 @@ def test_unknown_phases_and_bad_sequences_are_refused() -> None:
     emu = aqnsim.emulate(llama(), "noise-5pct-matmul")
     with pytest.raises(aqnsim.UnknownNameError, match="did you mean 'rollout'"), emu.phase("rolout"):
         pass
-    for bad in (torch.tensor([[1]]), torch.tensor([1.0])):
+    for bad in (torch.tensor([[[1]]]), torch.tensor([1.0])):
         with pytest.raises(ConfigError, match="expected int64 ids"), emu.sequences(bad):
             pass
     for bad in (torch.tensor([-1]), torch.tensor([1 << 43])):
         with pytest.raises(ConfigError, match=r"0 <= id < 2\^43"), emu.sequences(bad):
             pass
-    with pytest.raises(ConfigError, match="2 ids are set but the batch has 3 rows"), emu.sequences(torch.arange(2)):
+    with (
+        pytest.raises(ConfigError, match=r"ids of shape \(2,\) are set but the batch has 3 rows"),
+        emu.sequences(torch.arange(2)),
+    ):
         logits(emu.model, tokens(batch=3))
     for step, total in ((-1, 5), (6, 5)):
         with pytest.raises(ConfigError):
@@ -732,7 +737,7 @@ def test_noise_is_added_to_the_weight_in_fp32_and_never_written(
             logits(model, tokens())
             r = find(emu.receipts(), site="model.layers.0.input_layernorm")[0]
     assert same_bits(norm.weight.detach(), before)
-    key = key_of(3, "model.layers.0.input_layernorm", "rollout", "aqn")
+    key = key_of(3, "model.layers.0.input_layernorm", "aqn")
     z = torch.from_numpy(aqnsim.backends.get("reference") and _reference_normal(32, key, 2))
     offset = 1.0 if make is gemma else 0.0
     unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
@@ -871,7 +876,7 @@ def test_a_noisy_norm_is_still_a_norm_of_its_class() -> None:
     cls = type(model.model.norm)
     with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1))) as emu:
         assert isinstance(model.model.norm, cls)
-        assert isinstance(model.model.norm, NoisyNorm)
+        assert isinstance(model.model.norm, EmulatedNorm)
         assert cls.__name__ in type(model.model.norm).__name__
         emu.begin_step(0, 1)
         with emu.phase("rollout"):

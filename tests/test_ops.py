@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from values import same_bits
 import aqnsim
 from aqnsim import BackendError, ConfigError, NoiseKey, RelativeGaussian, formats
 from aqnsim.backends.compose import _SPREAD
-from aqnsim.profiles import Backward, Forward, OpSpec
-from aqnsim.receipts import STATS
+from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec
+from aqnsim.receipts import STATS, STREAMS
 
 aqnsim.cast  # noqa: B018  (defines the ops)
 OPS = torch.ops.aqnsim
@@ -25,12 +26,13 @@ W4A4 = OpSpec(forward=Forward(input="mxfp4", weight="mxfp4"))
 NVFP4 = OpSpec(forward=Forward(input="nvfp4", weight="nvfp4"))
 NOISY = OpSpec(
     forward=Forward(input="mxfp4", weight="nvfp4", error=ERROR),
-    grad_input=Backward(error=ERROR),
-    grad_weight=Backward(error="absolute-gaussian(sigma=0.1)"),
+    grad_input=GradInput(error=ERROR),
+    grad_weight=GradWeight(error="absolute-gaussian(sigma=0.1)"),
 )
 FORWARD_ONLY = OpSpec(forward=Forward(error=ERROR))
 SPECS = {"w4a16": W4A16, "w4a4": W4A4, "nvfp4": NVFP4, "noisy": NOISY, "error only": FORWARD_ONLY}
-KEYS = [NoiseKey(stream=s).value for s in ("output", "grad-input", "grad-weight")]
+KEYS = [NoiseKey(stream=s).value for s in STREAMS]
+OUTPUT, GRAD_INPUT, GRAD_WEIGHT = (STREAMS.index(s) for s in ("output", "grad-input", "grad-weight"))
 STEP = torch.tensor(3)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -98,7 +100,7 @@ def test_opcheck_linear(
     x, w = tensor(2, 3, 40, dtype=dtype, grad=x_grad), tensor(8, 40, dtype=dtype, seed=1, grad=w_grad)
     b = tensor(8, dtype=dtype, seed=2, grad=w_grad) if bias else None
     rows = torch.arange(6) * 11 if with_rows else None
-    receipt = torch.zeros(6, len(STATS), dtype=torch.float64) if with_receipt else None
+    receipt = torch.zeros(len(STREAMS), len(STATS), dtype=torch.float64) if with_receipt else None
     torch.library.opcheck(OPS.linear.default, (x, w, b, spec.text, True, KEYS, STEP, rows, receipt))
 
 
@@ -269,15 +271,15 @@ def test_linear_is_cast_gemm_perturb_bias_round(dtype: torch.dtype, with_bias: b
         return OPS.perturb(product, error, key, STEP, r, None, False)[0]
 
     xq, wq = cast_as(x, "mxfp4").float().view(10, 70), cast_as(w, "nvfp4").float()
-    product = missed(xq @ wq.t(), NOISY.forward.error, KEYS[0], rows)
+    product = missed(xq @ wq.t(), NOISY.forward.error, KEYS[OUTPUT], rows)
     expected = product if b is None else product + b.float()
     assert same_bits(y, expected.to(dtype).view(2, 5, 12))
     g2 = g.float().view(10, 12)
     assert x.grad is not None
-    assert same_bits(x.grad.view(10, 70), missed(g2 @ wq, NOISY.grad_input.error, KEYS[1], rows).to(dtype))
+    assert same_bits(x.grad.view(10, 70), missed(g2 @ wq, NOISY.grad_input.error, KEYS[GRAD_INPUT], rows).to(dtype))
     own = None if rows is None else torch.arange(12) + rows[:1] * _SPREAD
     assert w.grad is not None
-    assert same_bits(w.grad, missed(g2.t() @ xq, NOISY.grad_weight.error, KEYS[2], own).to(dtype))
+    assert same_bits(w.grad, missed(g2.t() @ xq, NOISY.grad_weight.error, KEYS[GRAD_WEIGHT], own).to(dtype))
 
 
 def test_both_backends_give_the_same_linear() -> None:
@@ -337,11 +339,11 @@ def test_how_much_noise_survives_on_a_rounded_bf16_result(sigma: float, low: flo
 
 @pytest.mark.parametrize("grad", ["grad_input", "grad_weight"])
 def test_gradient_receipts_speak_of_what_was_stored(grad: str) -> None:
-    spec = OpSpec(**{grad: Backward(error=str(RelativeGaussian(1e-4)))})
+    spec = OpSpec.parse(json.dumps({grad: {"error": str(RelativeGaussian(1e-4))}}))
     g, x, w = (tensor(*s, dtype=torch.bfloat16, seed=i) for i, s in enumerate([(96, 64), (96, 128), (64, 128)]))
     gx, gw, stats = OPS.linear_backward(g, x, w, spec.text, True, KEYS, STEP, None, True, True)
     clean_x, clean_w, _ = OPS.linear_backward(g, x, w, PLAIN.text, True, KEYS, STEP, None, True, True)
-    noisy, clean, s = (gx, clean_x, stats[0]) if grad == "grad_input" else (gw, clean_w, stats[1])
+    noisy, clean, s = (gx, clean_x, stats[2]) if grad == "grad_input" else (gw, clean_w, stats[6])
     exact = {"grad_input": g.float() @ w.float(), "grad_weight": g.float().t() @ x.float()}[grad].bfloat16()
     share = float((noisy != exact).double().mean())
     assert 0 < share < 0.1
@@ -353,7 +355,7 @@ def test_gradient_receipts_speak_of_what_was_stored(grad: str) -> None:
 
 
 def test_rows_that_do_not_fit_the_input_are_refused() -> None:
-    with pytest.raises(ConfigError, match="7 logical rows are set but the input has 6"):
+    with pytest.raises(ConfigError, match="7 logical rows are set but the op has 6"):
         run_linear(NOISY, tensor(6, 8), tensor(4, 8), rows=torch.arange(7))
 
 

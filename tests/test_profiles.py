@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aqnsim import ConfigError, UnknownNameError, formats, profiles
-from aqnsim.profiles import Backward, Forward, OpSpec, Rule, from_toml, load
+from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec, Rule, from_toml, load
 
 FIXED = {
     "ideal",
@@ -62,7 +62,9 @@ def test_what_the_shipped_profiles_ask_for() -> None:
         assert [r.spec for r in load(f"{fmt}-w4a16").rules] == [OpSpec(forward=Forward(weight=fmt))]
         assert [r.spec for r in load(f"{fmt}-w4a4").rules] == [OpSpec(forward=Forward(weight=fmt, input=fmt))]
     five = "relative-gaussian(sigma=0.05)"
-    everywhere = OpSpec(forward=Forward(error=five), grad_input=Backward(error=five), grad_weight=Backward(error=five))
+    everywhere = OpSpec(
+        forward=Forward(error=five), grad_input=GradInput(error=five), grad_weight=GradWeight(error=five)
+    )
     assert [r.spec for r in load("noise-5pct-matmul").rules] == [everywhere]
     for name in FIXED - {"ideal"}:
         assert load(name).rule_for("linear", "lm_head") is None
@@ -163,9 +165,10 @@ def test_two_spellings_of_a_format_have_one_fingerprint() -> None:
     assert fingerprint("nvfp4(scale=torchao)") != fingerprint("nvfp4")
 
 
-def test_a_profile_refuses_a_format_that_draws_random_bits() -> None:
-    with pytest.raises(ConfigError, match="rounds stochastically"):
-        from_toml(with_('"nvfp4"', '"nvfp4(rounding=stochastic)"'))
+def test_a_format_that_draws_random_bits_makes_an_op_that_draws() -> None:
+    spec = from_toml(with_('"nvfp4"', '"nvfp4(rounding=stochastic)"')).rules[0].spec
+    assert OpSpec(forward=Forward(weight=spec.forward.weight)).draws
+    assert not OpSpec(forward=Forward(weight="nvfp4")).draws
 
 
 # ---- bad profiles --------------------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def test_spec_text_round_trip() -> None:
     assert OpSpec().text == "{}"
     assert spec.has_error
     assert not OpSpec(forward=Forward(input="mxfp4")).has_error
-    assert OpSpec(grad_weight=Backward(error="absolute-gaussian(sigma=0.2)")).has_error
+    assert OpSpec(grad_weight=GradWeight(error="absolute-gaussian(sigma=0.2)")).has_error
 
 
 def test_rules_match_by_kind_and_glob() -> None:

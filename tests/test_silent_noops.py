@@ -104,7 +104,7 @@ def test_aqn_below_half_an_ulp_of_a_bf16_norm_weight_acts() -> None:
         with emu.phase("rollout"):
             forward(model)
         for r in emu.receipts():
-            assert r.changed > 0.99
+            assert r.changed > 0.9  # of 32: one may draw next to nothing
             assert r.realised_sigma == pytest.approx(0.0005, rel=0.5)
 
 
@@ -112,9 +112,9 @@ def test_targets_that_match_no_module_fail_at_the_attach() -> None:
     """Selectors by class name matched 0 modules, and three runs were compared as if they had had noise."""
     with pytest.raises(ConfigError, match="no noise would be injected"):
         aqnsim.emulate(mlp(), "ideal", aqn=AQN(SCHEDULES["k-stage"]))
-    with pytest.raises(ConfigError, match="matches no module"):
+    with pytest.raises(ConfigError, match="matches no op"):
         aqnsim.emulate(llama(), profile(weight="mxfp4", sites=("model.layers.*.attention",)))
-    with pytest.raises(ConfigError, match="matches no module"):
+    with pytest.raises(ConfigError, match="matches no op"):
         aqnsim.emulate(llama(), profile(weight="mxfp4", exclude=("*",)))
 
 

@@ -50,4 +50,4 @@ def check_step(fmt: AnyFormat, step: Tensor | None) -> int | None:
         return None
     if step is None:
         raise ConfigError(f"cast: the rounding of {fmt} draws random bits: pass a key")
-    return int(step)
+    return int(step) & 0xFFFFFFFF

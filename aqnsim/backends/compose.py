@@ -1,21 +1,26 @@
-"""The linear op as what it means: a composition of ``cast`` and ``perturb`` around torch's own GEMM.
+"""The emulated ops as what they mean: compositions of ``cast``, ``perturb`` and a product.
 
-A backend without fused kernels uses these; a fused kernel is by definition equal to them.
+A backend without fused kernels uses these; a fused kernel is by definition equal to them. Each returns, beside its
+results, what it measured of its own effect: a row of STATS for each stream of each direction (``receipts.STREAMS``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aqnsim._errors import ConfigError
-from aqnsim.profiles import OpSpec
+from aqnsim.formats import get, random_bits
+from aqnsim.profiles.spec import OpSpec
 from aqnsim.receipts import STATS
+from aqnsim.rotation import hadamard
 
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, odd, as a signed integer
+_OTHER, _FIRST, _ERROR, _CAST = range(4)  # the four streams of a direction
 
 Cast = Callable[..., tuple[Tensor, Tensor]]
 Perturb = Callable[..., tuple[Tensor, Tensor]]
@@ -27,39 +32,45 @@ def _rows_2d(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _no_stats(like: Tensor) -> Tensor:
-    return torch.zeros(len(STATS), dtype=torch.float64, device=like.device)
+def _no_stats(like: Tensor, streams: int = 4) -> Tensor:
+    return torch.zeros(streams, len(STATS), dtype=torch.float64, device=like.device)
 
 
-def _check_rows(rows: Tensor | None, count: int) -> None:
-    if rows is not None and rows.numel() != count:
+def _check_rows(rows: Tensor | None, x: Tensor) -> None:
+    count = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if rows is not None and rows.shape[0] != count:
         raise ConfigError(
-            f"linear: {rows.numel()} logical rows are set but the input has {count}; the op runs on other "
+            f"{rows.shape[0]} logical rows are set but the op has {count}; it runs on other "
             "tokens than the model's input: exclude it in the profile or set its rows"
         )
 
 
-class _Gemm:
-    """One matrix product whose result an error may reach in fp32, before it is rounded to the operands' dtype."""
+@dataclass(frozen=True)
+class _Operand:
+    """A matrix in a product.
 
-    def __init__(self, perturb: Perturb, step: Tensor) -> None:
-        self.perturb, self.step = perturb, step
+    Attributes:
+        value: ``[..., rows, columns]``.
+        axis: -1 or -2, the contraction.
+        rows: logical rows of the matrix, for stochastic rounding; None for 0, 1, 2, ...
+    """
 
-    def __call__(
-        self, a: Tensor, b: Tensor, error: str | None, key: int, rows: Tensor | None, bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``a @ b``, perturbed where there is an error, then ``bias``, which only a product with an error may have."""
-        if error is None:
-            return a @ b, _no_stats(a)
-        product = a.float() @ b.float()
-        if bias is None:
-            return self.perturb(product, error, key, self.step, rows, a.dtype, True)
-        missed, stats = self.perturb(product, error, key, self.step, rows, None, True)
-        clean, stored = ((y + bias.float()).to(a.dtype) for y in (product, missed))
-        return stored, _as_stored(stats, clean, stored)
+    value: Tensor
+    axis: int
+    rows: Tensor | None = None
 
 
-def _as_stored(stats: Tensor, clean: Tensor, stored: Tensor) -> Tensor:
+def _pad(x: Tensor, axis: int, size: int) -> Tensor:
+    """``x`` with zeros at the end of an axis, up to a multiple of ``size``: they add nothing to a product."""
+    missing = -x.shape[axis] % size
+    if not missing:
+        return x
+    shape = list(x.shape)
+    shape[axis] = missing
+    return torch.cat([x, x.new_zeros(shape)], axis)
+
+
+def _as_stored(stats: Tensor, clean: Tensor, stored: Tensor) -> None:
     """What an error did once the bias was added and the result rounded: either may absorb it."""
     other = (stored != clean) & ~(stored.isnan() & clean.isnan())
     error = stored.float() - clean.float()
@@ -68,14 +79,80 @@ def _as_stored(stats: Tensor, clean: Tensor, stored: Tensor) -> Tensor:
     stats[STATS.index("error2")] = error.where(finite, 0.0).double().square().sum()
     stats[STATS.index("reference2")] = clean.where(finite, 0.0).double().square().sum()
     stats[STATS.index("nonfinite")] = stored.numel() - stored.isfinite().sum()
-    return stats
 
 
-def linear_ops(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
-    """``linear`` and ``linear_backward`` from a backend's primitives."""
+@dataclass(frozen=True)
+class _Direction:
+    """One product of an op: ``cast(first) @ cast(other)``, then the error, the bias and the cast of the result.
 
-    def operand(t: Tensor, fmt: str | None) -> tuple[Tensor, Tensor]:
-        return cast(t, fmt, -1, 0, None, None, True) if fmt else (t, _no_stats(t))
+    Attributes:
+        part: the direction of the OpSpec.
+        keys: of its four streams.
+        clock: phase and step.
+    """
+
+    cast: Cast
+    perturb: Perturb
+    part: Any
+    keys: Sequence[int]
+    clock: Tensor
+
+    def operand(self, operand: _Operand, fmt: str | None, stream: int, stats: Tensor) -> Tensor:
+        """The operand as the product gets it: rotated, then cast, along the contraction."""
+        x, axis, rows = operand.value, operand.axis, operand.rows
+        size = getattr(self.part, "hadamard", None)
+        if size:
+            x = hadamard(_pad(x, axis, size), size, axis, self._signs(size, x))
+            rows = rows if x.shape[:-1] == operand.value.shape[:-1] else None  # padding has no logical rows
+        if fmt is None:
+            return x
+        rows = rows if random_bits(get(fmt)) else None
+        _check_rows(rows, x)
+        x, stats[stream] = self.cast(x, fmt, axis, self.keys[stream], self.clock, rows, True)
+        return x
+
+    def _signs(self, size: int, x: Tensor) -> Tensor:
+        words = self.keys[_CAST] ^ _SPREAD  # the same signs for both operands, fixed for the site
+        return torch.tensor([1.0 - 2.0 * (words >> (i % 62) & 1) for i in range(size)], device=x.device)
+
+    def product(
+        self, first: Tensor, other: Tensor, rows: Tensor | None, dtype: torch.dtype, stats: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """``first @ other`` as the part asks for it, in ``dtype``."""
+        error, output = self.part.error, self.part.output
+        if error is None and output is None:
+            y = first @ other
+            return (y if bias is None else y + bias).to(dtype)
+        y = first.float() @ other.float()
+        missed_bias = bias is not None and self.part.bias == "missed"
+        if missed_bias:
+            y, bias = y + bias.float(), None  # type: ignore[union-attr]
+        return self.finish(y, rows, dtype, stats, bias)
+
+    def finish(self, y: Tensor, rows: Tensor | None, dtype: torch.dtype, stats: Tensor, bias: Tensor | None) -> Tensor:
+        """An fp32 result after its error, its bias and its cast, in ``dtype``."""
+        error, output, clean = self.part.error, self.part.output, y
+        if error is not None:
+            _check_rows(rows, y)
+            last = bias is None and output is None
+            y, stats[_ERROR] = self.perturb(
+                y, error, self.keys[_ERROR], self.clock, rows, dtype if last else None, True
+            )
+        if bias is not None:
+            y = y + bias.float()
+            if error is not None and output is None:
+                _as_stored(stats[_ERROR], (clean + bias.float()).to(dtype), y.to(dtype))
+        if output is not None:
+            rows = rows if random_bits(get(output)) else None
+            y, stats[_CAST] = self.cast(y, output, -1, self.keys[_CAST], self.clock, rows, True)
+        return y.to(dtype)
+
+
+def compositions(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
+    """The emulated ops from a backend's primitives."""
+
+    def direction(part: Any, keys: Sequence[int], clock: Tensor) -> _Direction:
+        return _Direction(cast, perturb, part, keys, clock)
 
     def linear(
         x: Tensor,
@@ -84,18 +161,18 @@ def linear_ops(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
         spec_text: str,
         cast_weight: bool,
         keys: list[int],
-        step: Tensor,
+        clock: Tensor,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        spec = OpSpec.parse(spec_text)
-        xq, x_stats = operand(_rows_2d(x), spec.forward.input)
-        wq, w_stats = operand(weight, spec.forward.weight if cast_weight else None)
-        if spec.forward.error is None:
-            y, y_stats = torch.nn.functional.linear(xq, wq, bias), _no_stats(x)
+        part = OpSpec.parse(spec_text).forward
+        d, stats = direction(part, keys[:4], clock), _no_stats(x)
+        xq = d.operand(_Operand(_rows_2d(x), -1, rows), part.input, _FIRST, stats)
+        wq = d.operand(_Operand(weight, -1), part.weight if cast_weight else None, _OTHER, stats)
+        if part.error is None and part.output is None:
+            y = torch.nn.functional.linear(xq, wq, bias)
         else:
-            _check_rows(rows, xq.shape[0])
-            y, y_stats = _Gemm(perturb, step)(xq, wq.t(), spec.forward.error, keys[0], rows, bias)
-        return y.reshape(*x.shape[:-1], weight.shape[0]), torch.stack([w_stats, x_stats, y_stats])
+            y = d.product(xq, wq.t(), rows, x.dtype, stats, bias)
+        return y.reshape(*x.shape[:-1], weight.shape[0]), stats
 
     def linear_backward(
         grad: Tensor,
@@ -104,29 +181,120 @@ def linear_ops(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
         spec_text: str,
         cast_weight: bool,
         keys: list[int],
-        step: Tensor,
+        clock: Tensor,
         rows: Tensor | None,
         need_input: bool,
         need_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec = OpSpec.parse(spec_text)
-        g = _rows_2d(grad)
-        gemm = _Gemm(perturb, step)
-        grad_x, x_stats = grad.new_empty(0), _no_stats(grad)
-        grad_w, w_stats = grad.new_empty(0), _no_stats(grad)
+        g, stats, unused = _rows_2d(grad), _no_stats(grad, 8), _no_stats(grad)
+        grad_x = grad_w = grad.new_empty(0)
+        straight = direction(spec.forward, keys[:4], clock)
         if need_input:
-            _check_rows(rows if spec.grad_input.error else None, g.shape[0])
-            wq, _ = operand(weight, spec.forward.weight if cast_weight else None)
-            grad_x, x_stats = gemm(g, wq, spec.grad_input.error, keys[1], rows)
-            grad_x = grad_x.reshape(x.shape)
+            d, own = direction(spec.grad_input, keys[4:8], clock), stats[:4]
+            if spec.grad_input.weight is None:  # straight-through: what the forward multiplied by
+                held = straight.operand(_Operand(weight, -1), spec.forward.weight if cast_weight else None, 0, unused)
+            else:
+                held = weight
+            wq = d.operand(_Operand(held, -2), spec.grad_input.weight, _OTHER, own)
+            gq = d.operand(_Operand(g, -1, rows), spec.grad_input.grad, _FIRST, own)
+            grad_x = d.product(gq, wq, rows, grad.dtype, own, None).reshape(x.shape)
         if need_weight:
-            # A weight gradient has no token of its own: its rows are told apart by the batch's first token, spread
-            # over all 64 bits (the product wraps).
-            own = None
-            if rows is not None:
-                own = torch.arange(weight.shape[0], device=rows.device) + rows[:1] * _SPREAD
-            xq, _ = operand(_rows_2d(x), spec.forward.input)
-            grad_w, w_stats = gemm(g.t(), xq, spec.grad_weight.error, keys[2], own)
-        return grad_x, grad_w, torch.stack([x_stats, w_stats])
+            d, own = direction(spec.grad_weight, keys[8:], clock), stats[4:]
+            x2 = _rows_2d(x)
+            if spec.grad_weight.input is None:
+                x2 = straight.operand(_Operand(x2, -1, rows), spec.forward.input, 1, unused)
+            xq = d.operand(_Operand(x2, -2, rows), spec.grad_weight.input, _OTHER, own)
+            gq = d.operand(_Operand(g, -2, rows), spec.grad_weight.grad, _FIRST, own)
+            grad_w = d.product(gq.t(), xq, _weight_rows(weight, rows), grad.dtype, own, None)
+        return grad_x, grad_w, stats
 
-    return {"linear": linear, "linear_backward": linear_backward}
+    def matmul(
+        a: Tensor,
+        b: Tensor,
+        transposed: bool,
+        spec_text: str,
+        dtype: torch.dtype,
+        keys: list[int],
+        clock: Tensor,
+        rows: Tensor | None,
+        first_rows: Tensor | None,
+        other_rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        part = OpSpec.parse(spec_text).forward
+        d, stats = direction(part, keys[:4], clock), _no_stats(a)
+        aq = d.operand(_Operand(a, -1, first_rows), part.input, _FIRST, stats)
+        bq = d.operand(_Operand(b, -1 if transposed else -2, other_rows), part.weight, _OTHER, stats)
+        return d.product(aq, bq.mT if transposed else bq, rows, dtype, stats, None), stats
+
+    def matmul_backward(
+        grad: Tensor,
+        a: Tensor,
+        b: Tensor,
+        transposed: bool,
+        spec_text: str,
+        keys: list[int],
+        clock: Tensor,
+        rows: Tensor | None,
+        first_rows: Tensor | None,
+        other_rows: Tensor | None,
+        need_a: bool,
+        need_b: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spec = OpSpec.parse(spec_text)
+        g, stats, unused = grad.to(a.dtype), _no_stats(grad, 8), _no_stats(grad)
+        grad_a = grad_b = a.new_empty(0)
+        straight = direction(spec.forward, keys[:4], clock)
+        along, across = (-1, -2) if transposed else (-2, -1)  # b's axis in the forward's contraction, and the other
+        if need_a:
+            d, own = direction(spec.grad_input, keys[4:8], clock), stats[:4]
+            held = b
+            if spec.grad_input.weight is None:
+                held = straight.operand(_Operand(b, along, other_rows), spec.forward.weight, 0, unused)
+            bq = d.operand(_Operand(held, across, other_rows), spec.grad_input.weight, _OTHER, own)
+            gq = d.operand(_Operand(g, -1, rows), spec.grad_input.grad, _FIRST, own)
+            grad_a = d.product(gq, bq if transposed else bq.mT, first_rows, a.dtype, own, None)
+        if need_b:
+            d, own = direction(spec.grad_weight, keys[8:], clock), stats[4:]
+            held = a
+            if spec.grad_weight.input is None:
+                held = straight.operand(_Operand(a, -1, first_rows), spec.forward.input, 1, unused)
+            aq = d.operand(_Operand(held, -2, first_rows), spec.grad_weight.input, _OTHER, own)
+            gq = d.operand(_Operand(g, -2, rows), spec.grad_weight.grad, _FIRST, own)
+            if transposed:
+                grad_b = d.product(gq.mT, aq, other_rows, b.dtype, own, None)
+            else:
+                grad_b = d.product(aq.mT, gq, other_rows, b.dtype, own, None)
+        return grad_a, grad_b, stats
+
+    def stage(
+        x: Tensor, steps: list[str], dtype: torch.dtype, keys: list[int], clock: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        stats, output = _no_stats(x, 3), steps[2]
+        for i, text in enumerate(steps):
+            if not text:
+                continue
+            if i == 1:
+                _check_rows(rows, x)
+                stored = None if output else dtype
+                x, stats[1] = perturb(x, text, keys[1], clock, rows, stored, True)
+            else:
+                own = rows if random_bits(get(text)) else None
+                x, stats[i] = cast(x, text, -1, keys[i], clock, own, True)
+        return x.to(dtype), stats
+
+    return {
+        "linear": linear,
+        "linear_backward": linear_backward,
+        "matmul": matmul,
+        "matmul_backward": matmul_backward,
+        "stage": stage,
+    }
+
+
+def _weight_rows(weight: Tensor, rows: Tensor | None) -> Tensor | None:
+    """A weight gradient has no token of its own: its rows are told apart by the batch's first token, spread over all
+    64 bits (the product wraps)."""
+    if rows is None:
+        return None
+    return torch.arange(weight.shape[0], device=rows.device) + rows[:1] * _SPREAD

@@ -13,7 +13,7 @@ from aqnsim import _core
 from aqnsim._errors import BackendError
 from aqnsim.backends import Backend, register
 from aqnsim.backends.checks import check_dtype, check_rows, check_step, shape_in_rows
-from aqnsim.backends.compose import linear_ops
+from aqnsim.backends.compose import compositions
 from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian, parse
 from aqnsim.formats import (
     ROUNDINGS,
@@ -226,7 +226,7 @@ def perturb(
         columns,
         0 if rows is None else rows.data_ptr(),
         key & 0xFFFFFFFFFFFFFFFF,
-        int(step),
+        int(step) & 0xFFFFFFFF,
         _KINDS[type(model)],
         model.sigma,  # type: ignore[attr-defined]
         measure,
@@ -239,6 +239,6 @@ BACKEND = register(
     Backend(
         name="cpu",
         devices=("cpu",),
-        ops={"cast": cast, "quantize": quantize, "perturb": perturb, **linear_ops(cast, perturb)},
+        ops={"cast": cast, "quantize": quantize, "perturb": perturb, **compositions(cast, perturb)},
     )
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from aqnsim import reference
 from aqnsim.backends import Backend, register
 from aqnsim.backends.checks import check_dtype, check_rows, check_step, shape_in_rows
-from aqnsim.backends.compose import linear_ops
+from aqnsim.backends.compose import compositions
 from aqnsim.errors import RelativeGaussian, parse
 from aqnsim.formats import AnyFormat, BlockFormat, element_of, get
 from aqnsim.receipts import STATS
@@ -108,7 +108,7 @@ def perturb(
 ) -> tuple[Tensor, Tensor]:
     model, before = parse(error), _numpy(y)
     rows = check_rows("perturb", y, rows)
-    after = reference.perturb(before, model, key, int(step), None if rows is None else rows.numpy())
+    after = reference.perturb(before, model, key, int(step) & 0xFFFFFFFF, None if rows is None else rows.numpy())
     out, held = _held(after, dtype or y.dtype)
     stats = torch.zeros(len(STATS), dtype=torch.float64)
     if measure:
@@ -141,6 +141,6 @@ BACKEND = register(
     Backend(
         name="reference",
         devices=("cpu",),
-        ops={"cast": cast, "quantize": quantize, "perturb": perturb, **linear_ops(cast, perturb)},
+        ops={"cast": cast, "quantize": quantize, "perturb": perturb, **compositions(cast, perturb)},
     )
 )

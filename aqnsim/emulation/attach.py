@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.aqn import AQN, layer_of
+from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
-from aqnsim.emulation.core import Binding, Emulation
-from aqnsim.emulation.modules import EmulatedLinear, NoisyNorm, noisy_class
+from aqnsim.emulation.attention import PARTS
+from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.core import Emulation
+from aqnsim.emulation.functional import Functions, Recorder, emulated
+from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import OpSpec, Profile, load
 from aqnsim.receipts import PHASES, STATS, STREAMS
-from aqnsim.rng import POSITION_BITS
+
+_TRAINER_PHASES = PHASES[1:]
 
 
 def emulate(
@@ -26,22 +34,29 @@ def emulate(
     *,
     seed: int = 0,
     aqn: AQN | None = None,
+    run: int = 0,
+    example: Mapping[str, Any] | None = None,
 ) -> Emulation:
     """Run a model on emulated hardware from here on, until ``restore()`` or the end of a ``with`` block.
 
-    Linear layers that the profile's rules match take on an emulated class. A weight that trains is cast in each
-    forward and keeps its master (straight-through gradient); a frozen one holds cast(W) from now on, so that it costs
-    nothing and merging an adapter gives cast(W) + BA. Adapters are never touched.
+    Every op that a rule of the profile matches is emulated: modules that are an op as a whole (linear layers, norms,
+    activations, embeddings, experts) and the ops that a module's own forward runs (attention, rotary embeddings,
+    products, residual adds, losses). A weight that trains is cast in each forward and keeps its master
+    (straight-through gradient); a frozen one holds cast(W) from now on, so that it costs nothing and merging an adapter
+    gives cast(W) + BA. Adapters are never touched.
 
     Args:
-        model: fp32 or bf16, with or without PEFT.
+        model: fp32, bf16 or fp16, with or without PEFT.
         profile: a name, a path to a TOML file, or a Profile.
         seed: of all noise.
         aqn: noise on norm weights, in rollouts; needs ``begin_step`` at each step.
+        run: tells repetitions of one seed apart where the hardware is not deterministic.
+        example: keyword arguments for a forward, from which the ops of modules' own forwards are learnt where the
+            profile asks for such; by default a few tokens, for a model with token embeddings.
 
     Raises:
-        ConfigError: a rule that matches no module, a module that is emulated already, a weight that another module
-            shares (such as a tied lm_head), a class of linear layer that cannot be emulated, AQN without a norm.
+        ConfigError: a rule that matches no op, a module that is emulated already, a class of linear layer that cannot
+            be emulated, AQN without a norm.
         UnknownNameError: no such profile.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -51,16 +66,15 @@ def emulate(
     [('weight', 'mxfp4'), ('input', 'mxfp4')]
     """
     profile = load(profile)
-    emulation = Emulation(model, profile, seed, aqn)
-    planned = _plan(model, profile, aqn)
+    emulation = Emulation(model, profile, seed, aqn, run)
+    planned = _plan(model, profile, aqn, example)
     device = next((p.device for s in planned for p in s.module.parameters()), torch.device("cpu"))
     emulation.totals = torch.zeros(
         len(planned), len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64, device=device
     )
     try:
-        for site in planned:
-            (_attach_linear if site.kind == "linear" else _attach_norm)(emulation, site)
-        if any(s.spec.has_error for s in planned):
+        _attach(emulation, planned)
+        if emulation.draws:
             _track_rows(emulation, model)
     except BaseException:
         emulation.restore()
@@ -68,103 +82,319 @@ def emulate(
     return emulation
 
 
-def _plan(model: nn.Module, profile: Profile, aqn: AQN | None) -> list[Site]:
+# ---- plan ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An op of the model, before any rule is asked.
+
+    Attributes:
+        name, kind, role, module, weight, weight_axis, ordinal: as in :class:`Site`.
+    """
+
+    name: str
+    kind: str
+    role: str
+    module: nn.Module
+    weight: str | None = None
+    weight_axis: int = -1
+    ordinal: int | None = None
+
+
+def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None) -> list[Site]:
     """Every site, checked; nothing is changed yet."""
+    _refuse_emulated(model)
+    wanted = profile.kinds | ({"norm"} if aqn is not None else set())
     found: list[Site] = []
-    shared = st.owners(model)
-    matched = set()
-    for name, module in st.host_modules(model):
-        if not isinstance(module, nn.Linear):
-            continue
-        rule = profile.rule_for("linear", name)
-        if rule is None:
-            continue
-        _check_linear(module, name, shared)
-        matched.add(rule)
-        role = name.rpartition(".")[2]
-        found.append(Site(name, "linear", role, rule, profile.rules[rule].spec, module, len(found)))
-    for i, r in enumerate(profile.rules):
-        if i not in matched:
-            raise ConfigError(
-                f"rule {i + 1} of profile {profile.name!r} ({r.kind}, sites {', '.join(r.sites)}) matches no module "
-                f"of {type(model).__name__}: nothing would be emulated; see the names with model.named_modules()"
-            )
+    for c in candidates(model, wanted, profile.kinds, example):
+        rules = {phase: profile.rule_for(c.kind, c.name, c.role, phase) for phase in _TRAINER_PHASES}
+        specs = {p: OpSpec() if r is None else profile.rules[r].spec for p, r in rules.items()}
+        asked = any(not spec.is_empty for spec in specs.values())
+        noisy = aqn is not None and _takes_noise(c, aqn)
+        if asked or noisy:
+            _check_candidate(c)
+            args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal)
+            found.append(Site(c.name, c.kind, c.role, rules, specs, *args))
+    _check_rules(model, profile, found)
     if aqn is not None:
-        found += _norms(model, aqn, len(found))
+        _check_aqn(model, aqn, found)
     return found
 
 
-def _check_linear(module: nn.Linear, name: str, shared: dict[int, list[str]]) -> None:
-    if isinstance(module, EmulatedLinear):
-        raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
-    if type(module) is not nn.Linear:
+def _takes_noise(c: Candidate | Site, aqn: AQN) -> bool:
+    """Whether AQN acts on an op: on an RMSNorm that is a module of its own."""
+    if c.kind != "norm" or c.ordinal is not None or aqn.multiplier(c.name) == 0:
+        return False
+    norm = st.norm_of(c.module)
+    return norm is not None and not norm.centred and c.module._parameters.get("weight") is not None
+
+
+def candidates(
+    model: nn.Module, kinds: Set[str], inner: Set[str], example: Mapping[str, Any] | None = None
+) -> list[Candidate]:
+    """The ops of a model: modules that are an op of one of ``kinds``, and ops of kinds ``inner`` in forwards."""
+    routers = st.routers_of(model)
+    containers: dict[nn.Module, str] = {}
+    found: list[Candidate] = []
+    inside: set[nn.Module] = set()  # of modules that are an op as a whole
+    for name, module in st.host_modules(model):
+        if module in inside:
+            continue
+        kind = st.module_kind(module)
+        if kind is None:
+            if not _is_rotary_table(module):
+                containers[module] = name
+            continue
+        if kind != "experts":
+            inside.update(module.modules())
+        found += [c for c in _of_module(name, kind, module, routers) if c.kind in kinds]
+    if _may_compute(containers, inner):
+        found += [c for c in _of_forwards(model, containers, routers, example) if c.kind in inner]
+    return found
+
+
+def _of_module(name: str, kind: str, module: nn.Module, routers: set[str]) -> list[Candidate]:
+    """The ops of a module that is an op as a whole, or a mixture's experts."""
+    if kind == "experts":
+        parts = [Candidate(f"{name}.{w}", "linear", w, module, w) for w in ("gate_up_proj", "down_proj")]
+        return [*parts, Candidate(f"{name}.multiply", "multiply", "multiply", module)]
+    axis = -2 if kind == "linear" and not isinstance(module, nn.Linear) else -1
+    weight = "weight" if isinstance(module._parameters.get("weight"), nn.Parameter) else None
+    return [Candidate(name, kind, st.role_of(name, kind, routers), module, weight, axis)]
+
+
+def _is_rotary_table(module: nn.Module) -> bool:
+    """Whether a module makes the tables of a rotary embedding: constants of the model, that no activation enters."""
+    return "inv_freq" in module._buffers and not any(True for _ in module.parameters())
+
+
+def _may_compute(containers: Mapping[nn.Module, str], kinds: Set[str]) -> bool:
+    """Whether the source of some container has an operation of one of the kinds, as far as it can be read there."""
+    unknown = kinds & {*PARTS, "activation", "loss"}
+    for cls in {type(m) for m in containers}:
+        copy = rewritten(cls)
+        for operation in copy.operations if copy is not None else ():
+            if operation.kind in kinds or (unknown and operation.kind in (None, "attention")):
+                return True
+    return False
+
+
+def _of_forwards(
+    model: nn.Module, containers: Mapping[nn.Module, str], routers: set[str], example: Mapping[str, Any] | None
+) -> list[Candidate]:
+    """The ops that containers' own forwards run, learnt from a forward of a few tokens."""
+    kwargs = example if example is not None else _few_tokens(model)
+    if kwargs is None:
         raise ConfigError(
-            f"{name!r} is a {type(module).__qualname__}, whose forward may differ from nn.Linear's: "
+            f"{type(model).__name__} has no token embeddings, and the profile asks for ops that modules' own forwards "
+            "run: pass example=, the keyword arguments of a forward, from which they are learnt"
+        )
+    with _recorders(containers) as recorders:
+        _run_example(model, kwargs)
+    found: list[Candidate] = []
+    for module, recorder in recorders.items():
+        found += _of_recorder(containers[module], module, recorder, routers)
+    return found
+
+
+def _of_recorder(name: str, module: nn.Module, recorder: Recorder, routers: set[str]) -> list[Candidate]:
+    found: list[Candidate] = []
+    ran = [recorder.found[i] for i in sorted(recorder.found)]
+    for f in ran:
+        kinds = PARTS if f.kind == "attention" else (f.kind,)
+        same = [g.operation.ordinal for g in ran if g.kind == f.kind]
+        suffix = f"_{same.index(f.operation.ordinal)}" if len(same) > 1 else ""
+        for kind in kinds:
+            own, weight = f"{name}.{kind}{suffix}".removeprefix("."), None
+            if kind == "linear":
+                weight = f.operation.target or None
+                own = name if weight == "weight" else f"{name}.{weight or kind}{'' if weight else suffix}"
+            found.append(
+                Candidate(own, kind, st.role_of(own, kind, routers), module, weight, ordinal=f.operation.ordinal)
+            )
+    return found
+
+
+@contextmanager
+def _recorders(containers: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, Recorder]]:
+    """Give every container whose source can be read a forward that records; take it away after."""
+    recorders: dict[nn.Module, Recorder] = {}
+    classes = {m: type(m) for m in containers}
+    try:
+        for module, cls in classes.items():
+            copy = rewritten(cls)
+            if copy is not None:
+                recorders[module] = Recorder(copy.operations)
+                module.__dict__[FUNCTIONS] = recorders[module]
+                module.__class__ = em.rewritten_class(cls, copy)
+        yield recorders
+    finally:
+        for module in recorders:
+            module.__class__ = classes[module]
+            del module.__dict__[FUNCTIONS]
+
+
+def _few_tokens(model: nn.Module) -> dict[str, Any] | None:
+    """A forward of four tokens with its loss, for a model with token embeddings."""
+    embedding = _token_embedding(model)
+    if embedding is None:
+        return None
+    table = next(embedding.parameters())
+    tokens = torch.arange(1, 5, device=table.device)[None] % table.shape[0]
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _run_example(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    training = {m: m.training for m in model.modules()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
+            model(**kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"{type(model).__name__} takes other arguments than {', '.join(kwargs)} ({error}): "
+            "pass example=, the keyword arguments of a forward"
+        ) from error
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def _refuse_emulated(model: nn.Module) -> None:
+    for name, module in st.host_modules(model):
+        if any(k.startswith("aqnsim_") for k in module.__dict__):
+            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
+
+
+def _check_candidate(c: Candidate) -> None:
+    if c.kind != "linear" or c.ordinal is not None:
+        return
+    weight = c.module._parameters[c.weight or "weight"]
+    if isinstance(c.module, nn.Linear) and type(c.module).forward is not nn.Linear.forward:
+        raise ConfigError(
+            f"{c.name!r} is a {type(c.module).__qualname__}, whose forward may differ from nn.Linear's: "
             "exclude it in the profile"
         )
-    others = [n for n in shared[id(module.weight)] if n != name]
-    if others:
-        raise ConfigError(
-            f"the weight of {name!r} is tied to {', '.join(map(repr, others))}: emulating one would change the other; "
-            "exclude it in the profile or untie the weights"
-        )
-    if module.weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"{name!r} has {module.weight.dtype} weights; expected float32 or bfloat16")
+    if weight is not None and weight.dtype not in st.DTYPES:
+        raise ConfigError(f"{c.name!r} has {weight.dtype} weights; expected float32, bfloat16 or float16")
 
 
-def _norms(model: nn.Module, aqn: AQN, first: int) -> list[Site]:
-    found: list[Site] = []
-    layers: set[int | None] = set()
-    for name, module in st.host_modules(model):
-        if isinstance(module, NoisyNorm):
-            raise ConfigError(f"{name!r} already has AQN: restore() the first emulation before attaching another")
-        if st.norm_offset(module) is None:
-            continue
-        layers.add(layer_of(name))
-        if aqn.multiplier(name) > 0:
-            role = name.rpartition(".")[2]
-            found.append(Site(name, "norm", role, None, OpSpec(), module, first + len(found)))
+def _check_rules(model: nn.Module, profile: Profile, found: list[Site]) -> None:
+    matched = {r for s in found for r in s.rules.values()}
+    for i, r in enumerate(profile.rules):
+        if i not in matched and not r.spec.is_empty:
+            raise ConfigError(
+                f"rule {i + 1} of profile {profile.name!r} ({', '.join(r.kinds)}, sites {', '.join(r.sites)}) matches "
+                f"no op of {type(model).__name__}: nothing would be emulated; `aqnsim sites` lists the ops"
+            )
+
+
+def _check_aqn(model: nn.Module, aqn: AQN, found: list[Site]) -> None:
+    names = [n for n, m in st.host_modules(model) if st.module_kind(m) == "norm"]
+    layers = {layer_of(n) for n in names}
     if missing := sorted(set(aqn.multipliers) - layers):
         raise ConfigError(
             f"AQN: multipliers name layers {missing} that have no norm in {type(model).__name__}: "
             "they would have no effect"
         )
-    if not found:
+    if not any(_takes_noise(s, aqn) for s in found):
         raise ConfigError(
             f"AQN targets {aqn.targets} but {type(model).__name__} has none with a multiplier above 0 "
             f"(multipliers {dict(aqn.multipliers)}, default {aqn.default_multiplier}): no noise would be injected"
         )
-    return found
 
 
-def _swap(emulation: Emulation, site: Site, cls: type[nn.Module]) -> Binding:
-    module, original = site.module, type(site.module)
-    binding = emulation.add_site(site)
-    module.__dict__["aqnsim_binding"] = binding
+# ---- attach ----------------------------------------------------------------------------------------------------------
+
+
+def _attach(emulation: Emulation, planned: list[Site]) -> None:
+    shared = st.owners(emulation.model)
+    by_module: dict[nn.Module, dict[int | None, dict[str, Binding]]] = {}
+    for site in planned:
+        binding = emulation.add_site(site)
+        by_module.setdefault(site.module, {}).setdefault(site.ordinal, {})[_key_of(site)] = binding
+        _materialise(emulation, binding, shared)
+    for module, bindings in by_module.items():
+        own = bindings.pop(None, None)
+        if own is not None:
+            _attach_module(emulation, module, own)
+        if bindings:
+            _attach_functions(emulation, module, bindings)  # type: ignore[arg-type]
+    for module in _recomputed(emulation.model):
+        _swap(emulation, module, em.emulated_class(em.Recomputed, type(module)), {"aqnsim_emulation": emulation})
+
+
+def _key_of(site: Site) -> str:
+    is_expert = site.ordinal is None and site.weight not in (None, "weight")
+    return str(site.weight) if is_expert else site.kind
+
+
+def _recomputed(model: nn.Module) -> list[nn.Module]:
+    """Layers that may be recomputed in the backward: they know it themselves."""
+    return [m for _, m in st.host_modules(model) if isinstance(getattr(type(m), "gradient_checkpointing", None), bool)]
+
+
+def _swap(emulation: Emulation, module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any]) -> None:
+    original = type(module)
+    module.__dict__.update(attributes)
     module.__class__ = cls
 
     def undo() -> None:
         module.__class__ = original
-        del module.__dict__["aqnsim_binding"]
+        for name in attributes:
+            del module.__dict__[name]
 
     emulation.on_restore(undo)
-    return binding
 
 
-def _attach_linear(emulation: Emulation, site: Site) -> None:
-    weight: nn.Parameter = site.module.weight  # type: ignore[assignment]
-    binding = _swap(emulation, site, EmulatedLinear)
-    if site.spec.forward.weight is not None and not weight.requires_grad:
+def _attach_module(emulation: Emulation, module: nn.Module, bindings: dict[str, Binding]) -> None:
+    """Swap the class of a module that is an op as a whole."""
+    cls, kind = type(module), next(iter(bindings.values())).site.kind
+    attributes: dict[str, Any] = {"aqnsim_binding": next(iter(bindings.values()))}
+    if "gate_up_proj" in module._parameters:
+        mixin: type = em.EmulatedExperts
+        attributes = {"aqnsim_bindings": bindings}
+    elif kind == "linear":
+        mixin = em.EmulatedLinear if isinstance(module, nn.Linear) else em.EmulatedTransposedLinear
+    elif kind == "norm":
+        mixin, attributes["aqnsim_norm"] = em.EmulatedNorm, st.norm_of(module)
+    else:
+        mixin = em.EmulatedEmbedding if kind == "embedding" else em.EmulatedElementwise
+    new = em.EmulatedLinear if cls is nn.Linear else em.emulated_class(mixin, cls)
+    _swap(emulation, module, new, attributes)
+
+
+def _attach_functions(emulation: Emulation, module: nn.Module, bindings: dict[int, dict[str, Binding]]) -> None:
+    """Swap the class of a module whose own forward runs ops."""
+    copy = rewritten(type(module))
+    assert copy is not None
+    table = {}
+    for ordinal, parts in bindings.items():
+        kind = "attention" if parts.keys() & set(PARTS) else next(iter(parts))
+        table[ordinal] = emulated(kind, parts)
+    functions = Functions(emulation, table)
+    _swap(emulation, module, em.rewritten_class(type(module), copy), {FUNCTIONS: functions})
+
+
+def _materialise(emulation: Emulation, binding: Binding, shared: dict[int, list[str]]) -> None:
+    """Write cast(W) into a frozen weight that no other module holds and that has one format in all phases."""
+    site, weight = binding.site, binding.site.parameter
+    formats = {spec.forward.weight for spec in site.specs.values()}
+    if weight is None or weight.requires_grad or len(formats) > 1 or None in formats or site.kind != "linear":
+        return
+    if len(shared[id(weight)]) == 1:
         emulation.materialise(site, weight)
         binding.materialised = True
 
 
-def _attach_norm(emulation: Emulation, site: Site) -> None:
-    offset, eps = st.norm_offset(site.module), st.norm_eps(site.module)
-    assert offset is not None
-    assert eps is not None
-    binding = _swap(emulation, site, noisy_class(type(site.module)))
-    binding.norm_offset, binding.norm_eps = offset, eps
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _token_embedding(model: nn.Module) -> nn.Module | None:
+    get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
+    return get() if get is not None else None
 
 
 def _track_rows(emulation: Emulation, model: nn.Module) -> None:
@@ -172,8 +402,7 @@ def _track_rows(emulation: Emulation, model: nn.Module) -> None:
 
     A model without token embeddings keeps plain rows 0, 1, 2, ... of each input.
     """
-    get = getattr(model, "get_input_embeddings", None)
-    embedding = get() if get is not None else None
+    embedding = _token_embedding(model)
     if embedding is None:
         return
     decoder = next(m for m in model.modules() if any(c is embedding for c in m.children()))
@@ -182,28 +411,8 @@ def _track_rows(emulation: Emulation, model: nn.Module) -> None:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
-        batch, length = tokens.shape[:2]
-        emulation.set_rows(batch, _positions(kwargs, batch, length, tokens.device))
+        emulation.begin_forward(kwargs, tokens)
 
     handle = decoder.register_forward_pre_hook(before, with_kwargs=True)
     emulation.tracks_rows = True
     emulation.on_restore(handle.remove)
-
-
-def _positions(kwargs: dict[str, Any], batch: int, length: int, device: torch.device) -> Tensor:
-    """Logical positions ``[batch, length]``: padding does not count, cached tokens do.
-
-    Raises:
-        ConfigError: more tokens than a logical row has positions.
-    """
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        positions = mask.long().cumsum(-1) - 1
-    else:
-        past = cache.get_seq_length() if cache is not None else 0
-        positions = torch.arange(past + length, device=device).expand(batch, -1)
-    if positions.shape[1] > 1 << POSITION_BITS:
-        raise ConfigError(
-            f"noise is keyed by positions below 2^{POSITION_BITS}, but a sequence has {positions.shape[1]} tokens"
-        )
-    return positions[:, -length:]

@@ -1,8 +1,8 @@
-"""The state of one emulation: phase, step, rows, receipts; and what a module needs of it."""
+"""The state of one emulation: phase, step, rows, receipts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError, RealisationError, unknown
 from aqnsim.aqn import AQN
+from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
-from aqnsim.rng import MAX_SEQUENCE_BITS, POSITION_BITS, check_step, key_of
+from aqnsim.rng import MAX_SEQUENCE_BITS, check_step, clock, key_of
 
 _CALLS = STATS.index("calls")
 _CHANGED = STATS.index("changed")
+
+
+_DIRECTIONS = (  # a direction of the OpSpec, the prefix of its streams, and for each stream the field it is asked by
+    ("forward", "", {"weight": "weight", "input": "input", "output": "error", "output-cast": "output"}),
+    ("grad_input", "grad-input", {".weight": "weight", ".grad": "grad", "": "error", "-cast": "output"}),
+    ("grad_weight", "grad-weight", {".input": "input", ".grad": "grad", "": "error", "-cast": "output"}),
+)
+_FIELDS = {prefix + s: (part, name) for part, prefix, streams in _DIRECTIONS for s, name in streams.items()}
+_ERRORS = ("output", "grad-input", "grad-weight", "aqn")
 
 
 @dataclass(frozen=True)
@@ -54,30 +65,41 @@ def _digest(t: Tensor) -> int:
     return int(bits.sum(dtype=torch.int64))
 
 
+@dataclass(frozen=True)
+class Moment:
+    """Where a forward is: what its ops, and their recomputation, take their noise and receipts from."""
+
+    phase: str
+    clock: Tensor
+    rows: Rows | Tensor | None
+    is_off: bool
+
+
 class Emulation:
     """A profile at work on a model. Made by :func:`aqnsim.emulate`; a context manager that restores and checks.
 
     Attributes:
-        model, profile, seed, aqn: as given.
+        model, profile, seed, aqn, run: as given.
         sites: every emulated site.
         step, total_steps: as :meth:`begin_step` set them; None before.
+        clock: run, phase and step, as ops take them; see :func:`aqnsim.rng.clock`.
     """
 
-    def __init__(self, model: nn.Module, profile: Profile, seed: int, aqn: AQN | None) -> None:
-        self.model, self.profile, self.seed, self.aqn = model, profile, seed, aqn
+    def __init__(self, model: nn.Module, profile: Profile, seed: int, aqn: AQN | None, run: int) -> None:
+        self.model, self.profile, self.seed, self.aqn, self.run = model, profile, seed, aqn, run
         self.sites: list[Site] = []
         self.step: int = 0
         self.total_steps: int | None = None
-        self.step_tensor = torch.tensor(0)
-        self.rows: Tensor | None = None
         self.tracks_rows = False
         self.is_off = False
         self.totals = torch.zeros(0, len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64)
         self._phase = "train"
+        self._rows: Rows | Tensor | None = None
         self._sequences: Tensor | None = None
         self._undo: list[Callable[[], None]] = []
         self._masters: list[_Frozen] = []
         self._sigmas: set[float] = set()  # every sigma that a step asked for
+        self._set_clock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emulation:
         return self  # a copied model keeps reporting to the emulation that it was copied from
@@ -96,8 +118,12 @@ class Emulation:
         if self.aqn is not None and total_steps != self.total_steps:
             self.aqn.schedule.check(total_steps)
         self.step, self.total_steps = step, total_steps
-        self.step_tensor = torch.tensor(step)  # a new tensor: a pending backward keeps its own
+        self._set_clock()
         self._sigmas.add(self.sigma)
+
+    def _set_clock(self) -> None:
+        # a new tensor: a pending backward keeps its own, and a compiled graph takes it as an input
+        self.clock = torch.tensor(clock(self.step, self._phase, self.run))
 
     @property
     def sigma(self) -> float:
@@ -120,10 +146,12 @@ class Emulation:
         if name not in PHASES[1:]:
             raise unknown("phase", name, PHASES[1:])
         before, self._phase = self._phase, name
+        self._set_clock()
         try:
             yield self
         finally:
             self._phase = before
+            self._set_clock()
 
     @contextmanager
     def off(self) -> Iterator[Emulation]:
@@ -144,17 +172,19 @@ class Emulation:
         """Name the rows of the batch: noise is keyed by (sequence id, position), not by the batch's layout.
 
         Args:
-            ids: int64 ``[batch]``, each 0 <= id < 2^43.
+            ids: int64 ``[batch]``, or ``[batch, length]`` where one row holds several sequences, each 0 <= id < 2^43.
 
         Without it, the rows of a batch are 0, 1, 2, ...
         """
-        if ids.dim() != 1 or ids.dtype != torch.int64:
-            raise ConfigError(f"sequences: expected int64 ids of shape [batch], got {ids.dtype} {tuple(ids.shape)}")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << MAX_SEQUENCE_BITS:
+        if ids.dim() not in (1, 2) or ids.dtype != torch.int64:
+            raise ConfigError(
+                f"sequences: expected int64 ids of shape [batch] or [batch, length], got {ids.dtype} {tuple(ids.shape)}"
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < 1 << MAX_SEQUENCE_BITS:
             raise ConfigError(
                 f"sequences: expected 0 <= id < 2^{MAX_SEQUENCE_BITS}, got {int(ids.min())} .. {int(ids.max())}"
             )
-        if any(s.spec.has_error for s in self.sites) and not self.tracks_rows:
+        if self.draws and not self.tracks_rows:
             raise ConfigError(
                 f"sequences: {type(self.model).__name__} has no token embeddings: its noise is keyed by the rows of "
                 "each input, and sequence ids would have no effect"
@@ -165,14 +195,56 @@ class Emulation:
         finally:
             self._sequences = before
 
-    def set_rows(self, batch: int, positions: Tensor) -> None:
-        """Logical rows of the forward that begins: ``positions`` is int64 ``[batch, tokens]``."""
-        ids = self._sequences
-        if ids is None:
-            ids = torch.arange(batch, device=positions.device)
-        elif len(ids) != batch:
-            raise ConfigError(f"sequences: {len(ids)} ids are set but the batch has {batch} rows")
-        self.rows = ((ids.to(positions.device)[:, None] << POSITION_BITS) | positions.clamp(min=0)).reshape(-1)
+    @property
+    def draws(self) -> bool:
+        """Whether anything random enters at some site."""
+        return any(spec.draws for s in self.sites for spec in s.specs.values())
+
+    def begin_forward(self, kwargs: Mapping[str, Any], tokens: Tensor) -> None:
+        """Note whose tokens the forward that begins computes; see :func:`aqnsim.emulation.rows.rows_of_forward`."""
+        self._rows = rows_of_forward(kwargs, tokens, self._sequences)
+
+    def rows_of(self, x: Tensor, heads: str = "") -> Tensor | None:
+        """The logical rows of a tensor; None, for 0, 1, 2, ..., on a model without token embeddings."""
+        return self._rows.of(x, heads) if isinstance(self._rows, Rows) else self._rows
+
+    def cached_rows(self, x: Tensor) -> Tensor | None:
+        """The logical rows of keys or values ``[batch, heads, keys, width]``."""
+        return self._rows.cached(x) if isinstance(self._rows, Rows) else None
+
+    def score_rows(self, query: Tensor) -> Tensor | None:
+        """The logical rows of the scores of queries ``[batch, heads, length, width]``."""
+        return self._rows.scores(query) if isinstance(self._rows, Rows) else None
+
+    @contextmanager
+    def at_rows(self, rows: Tensor | None) -> Iterator[None]:
+        """Run a block on some of the tokens, whose logical rows are given."""
+        before, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = before
+
+    @property
+    def moment(self) -> Moment:
+        """Where the forward is now."""
+        return Moment(self._phase, self.clock, self._rows, self.is_off)
+
+    @contextmanager
+    def at(self, moment: Moment) -> Iterator[None]:
+        """Run a block as at another moment: how a layer is recomputed in the backward.
+
+        Raises:
+            ConfigError: the emulation was on then and is off now, or the other way round: the weights are others.
+        """
+        if moment.is_off != self.is_off:
+            raise ConfigError("a forward is recomputed after off() began or ended: do its backward before")
+        before = self.moment
+        self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        try:
+            yield
+        finally:
+            self._phase, self.clock, self._rows = before.phase, before.clock, before.rows
 
     # ---- receipts --------------------------------------------------------------------------------------------------
 
@@ -201,7 +273,7 @@ class Emulation:
                                 role=site.role,
                                 phase=phase,
                                 stream=stream,
-                                requested=self._requested(site, stream),
+                                requested=self._requested(site, stream, phase),
                             )
                         )
         return found
@@ -242,18 +314,15 @@ class Emulation:
                 advanced, stayed at 0 or reached no norm. The message names the site or the schedule.
         """
         calls = self.totals[..., _CALLS]
-        changed = self.totals[..., _CHANGED]
         for site in self.sites:
-            if site.kind == "linear" and not calls[site.index, 1:, :3].any():
+            if site.rule is not None and not calls[site.index, 1:].any():
                 raise RealisationError(f"site {site.name!r} is emulated ({self._rule_text(site)}) but was never called")
             for s, stream in enumerate(STREAMS):
-                if (
-                    self._is_error(site, stream)
-                    and calls[site.index, :, s].any()
-                    and not changed[site.index, :, s].any()
-                ):
+                stats = self.totals[site.index, 1:, s]
+                if self._is_error(site, stream) and stats[:, _CALLS].any() and not stats[:, _CHANGED].any():
+                    asked = self._requested(site, stream, "train")
                     raise RealisationError(
-                        f"site {site.name!r}: {self._requested(site, stream)} on its {stream} changed no value; "
+                        f"site {site.name!r}: {asked} on its {stream} changed no value; "
                         "sigma is too small for the dtype"
                     )
         if backward:
@@ -263,16 +332,10 @@ class Emulation:
 
     def _check_backward(self, calls: Tensor) -> None:
         for i, rule in enumerate(self.profile.rules):
-            rows = [s.index for s in self.sites if s.rule == i]
-            for stream, part in (
-                ("grad-input", rule.spec.grad_input),
-                ("grad-weight", rule.spec.grad_weight),
-            ):
-                trained = stream == "grad-input" or any(
-                    s.module.weight.requires_grad
-                    for s in self.sites
-                    if s.rule == i  # type: ignore[union-attr]
-                )
+            sites = [s for s in self.sites if s.rule == i]
+            rows = [s.index for s in sites]
+            for stream, part in (("grad-input", rule.spec.grad_input), ("grad-weight", rule.spec.grad_weight)):
+                trained = stream == "grad-input" or any(s.trains for s in sites)
                 if part.error and trained and not calls[rows][:, :, STREAMS.index(stream)].any():
                     raise RealisationError(
                         f"rule {i + 1} of profile {self.profile.name!r} asks for {part.error} on {stream}, "
@@ -294,19 +357,14 @@ class Emulation:
                 )
 
     def _is_error(self, site: Site, stream: str) -> bool:
-        return stream not in ("weight", "input") and self._requested(site, stream) != "-"
+        return stream in _ERRORS and any(self._requested(site, stream, phase) != "-" for phase in site.specs)
 
-    def _requested(self, site: Site, stream: str) -> str:
-        spec = site.spec
+    def _requested(self, site: Site, stream: str, phase: str) -> str:
         if stream == "aqn":
             return "absolute-gaussian(schedule)"
-        return {
-            "weight": spec.forward.weight,
-            "input": spec.forward.input,
-            "output": spec.forward.error,
-            "grad-input": spec.grad_input.error,
-            "grad-weight": spec.grad_weight.error,
-        }[stream] or "-"
+        part, name = _FIELDS[stream]
+        spec = site.specs["train" if phase == "attach" else phase]
+        return getattr(getattr(spec, part), name) or "-"
 
     def _rule_text(self, site: Site) -> str:
         return f"rule {site.rule + 1} of {self.profile.name!r}" if site.rule is not None else "AQN"
@@ -324,7 +382,8 @@ class Emulation:
         """Write cast(W) into a frozen weight, once, and keep the master."""
         fmt = site.spec.forward.weight
         master = weight.data
-        value, stats = torch.ops.aqnsim.cast(master, fmt, -1, 0, None, None, True)
+        key = key_of(self.seed, site.name, "weight")
+        value, stats = torch.ops.aqnsim.cast(master, fmt, site.weight_axis, key, self.clock, None, True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
         self._masters.append(_Frozen(site.name, weight, master, value, _digest(value)))
@@ -359,53 +418,3 @@ class Emulation:
         self.restore()
         if kind is None:
             self.check()
-
-
-class Binding:
-    """What one emulated module holds: its site and the emulation."""
-
-    def __init__(self, emulation: Emulation, site: Site) -> None:
-        self.emulation, self.site = emulation, site
-        self.materialised = False
-        self.norm_offset = 0.0
-        self.norm_eps = 0.0
-        self._keys: dict[str, list[int]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
-        return self
-
-    def key(self, stream: str) -> int:
-        e = self.emulation
-        return key_of(e.seed, self.site.name, e.current_phase, stream)
-
-    def keys(self) -> list[int]:
-        """Noise keys of the output, the input's gradient and the weight's gradient, in this phase."""
-        phase = self.emulation.current_phase
-        if phase not in self._keys:
-            self._keys[phase] = [self.key(s) for s in ("output", "grad-input", "grad-weight")]
-        return self._keys[phase]
-
-    def receipt(self) -> Tensor:
-        """The totals of this site in this phase: ``[streams, stats]``."""
-        e = self.emulation
-        return e.totals[self.site.index, PHASES.index(e.current_phase)]
-
-    def count_call(self, stream: str) -> None:
-        self.receipt()[STREAMS.index(stream), _CALLS] += 1
-
-    def casts_weight(self, weight: Tensor) -> bool:
-        """Whether the forward casts the weight: yes while it trains, no once cast(W) is written."""
-        if self.site.spec.forward.weight is None:
-            return False
-        if self.materialised and weight.requires_grad:
-            raise ConfigError(
-                f"site {self.site.name!r}: the weight was frozen when the profile was attached and trains now; "
-                "restore() the emulation and attach again after unfreezing"
-            )
-        return not self.materialised
-
-    def aqn_sigma(self) -> float:
-        e = self.emulation
-        if e.is_off or e.aqn is None or e.current_phase not in e.aqn.phases:
-            return 0.0
-        return e.sigma * e.aqn.multiplier(self.site.name)

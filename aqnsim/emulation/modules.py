@@ -10,74 +10,179 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aqnsim.emulation.core import Binding
+from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.core import Emulation, Moment
+from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
+from aqnsim.emulation.sites import Norm
 from aqnsim.errors import AbsoluteGaussian
-from aqnsim.profiles import Forward
+from aqnsim.receipts import STREAMS
+
+_AQN = STREAMS.index("aqn")
 
 
 class EmulatedLinear(nn.Linear):
-    """A linear layer whose GEMMs run as its site's OpSpec says, forward and backward."""
+    """A linear layer whose products run as its site's OpSpec says, forward and backward."""
 
     aqnsim_binding: Binding
 
     def forward(self, input: Tensor) -> Tensor:
         site = self.aqnsim_binding
-        emulation = site.emulation
-        if emulation.is_off:
+        if not site.acts:
             return super().forward(input)
-        cast_weight = site.casts_weight(self.weight)
-        spec = site.site.spec
-        if spec.forward.input is None and not cast_weight and not spec.has_error:
-            site.count_call("weight")
-            flat = input.reshape(-1, input.shape[-1]).contiguous()
-            out = nn.functional.linear(flat, self.weight, self.bias)
-            return out.reshape(*input.shape[:-1], out.shape[-1])
-        receipt = site.receipt()
-        result: tuple[Tensor, Tensor] = torch.ops.aqnsim.linear(
-            input,
-            self.weight,
-            self.bias,
-            spec.text,
-            cast_weight,
-            site.keys(),
-            emulation.step_tensor,
-            emulation.rows if spec.has_error else None,
-            receipt,
-        )
-        torch.ops.aqnsim.record(receipt[:3], result[1])
-        if not cast_weight and spec.forward.weight is not None:
-            site.count_call("weight")
-        elif spec.forward == Forward():  # only gradients miss: no stream has counted this call
-            site.count_call("output")
-        return result[0]
+        return site.linear(*_autocast(input, self.weight, self.bias))
 
 
-class NoisyNorm:
-    """Mixed into a norm's own class: with AQN on, ``y = (offset + w + sigma z) x/rms(x)`` in fp32."""
+class EmulatedTransposedLinear:
+    """Mixed into a layer that computes ``x W + b`` with a weight ``[inputs, outputs]``."""
 
     aqnsim_binding: Binding
     weight: nn.Parameter
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor) -> Any:
+        site = self.aqnsim_binding
+        if not site.acts:
+            return super().forward(x)  # type: ignore[misc]
+        x, weight, bias = _autocast(x, self.weight, self.bias)
+        return site.linear(x, weight.t(), bias)
+
+
+class EmulatedNorm:
+    """Mixed into a norm's own class: the norm in fp32, as its site says; with AQN, of ``w + sigma z``."""
+
+    aqnsim_binding: Binding
+    aqnsim_norm: Norm
+    weight: nn.Parameter | None
 
     def forward(self, hidden_states: Tensor) -> Any:
         site = self.aqnsim_binding
         sigma = site.aqn_sigma()
-        if sigma == 0.0:
+        if sigma == 0.0 and not site.acts:
             return super().forward(hidden_states)  # type: ignore[misc]
-        weight, stats = torch.ops.aqnsim.perturb(
-            self.weight.float(),
-            str(AbsoluteGaussian(sigma)),
-            site.key("aqn"),
-            site.emulation.step_tensor,
-            None,
-            None,
-            True,
-        )
-        torch.ops.aqnsim.record(site.receipt()[5], stats)
-        x = hidden_states.float()
-        unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + site.norm_eps)
-        return ((site.norm_offset + weight) * unit).to(hidden_states.dtype)
+        weight, bias = self.weight, getattr(self, "bias", None)
+        rows = site.rows(hidden_states, "bshd") if site.acts else None
+        x = hidden_states
+        if site.acts:
+            x = site.enter(x, 0, rows)
+            weight = None if weight is None else site.enter_weight(weight)  # type: ignore[assignment]
+        if sigma:
+            weight = _noisy(site, weight, sigma)  # type: ignore[arg-type, assignment]
+        y = self.aqnsim_norm(x, weight, bias)
+        return site.leave(y, hidden_states.dtype, 0, rows) if site.acts else y.to(hidden_states.dtype)
 
 
-def noisy_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of a norm with AQN; its name keeps the original's, so that matches by name still hold."""
-    return type(f"Noisy{cls.__name__}", (NoisyNorm, cls), {})
+def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
+    """``w + sigma z`` in fp32."""
+    noisy, stats = torch.ops.aqnsim.perturb(
+        weight.float(), str(AbsoluteGaussian(sigma)), site.keys[_AQN], site.emulation.clock, None, None, True
+    )
+    torch.ops.aqnsim.record(site.receipt()[_AQN], stats)
+    return noisy  # type: ignore[no-any-return]
+
+
+class EmulatedElementwise:
+    """Mixed into an activation or an embedding: what it computes, in fp32, leaves as its site says."""
+
+    aqnsim_binding: Binding
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        site = self.aqnsim_binding
+        if not site.acts:
+            return super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        rows = site.rows(input)
+        y = super().forward(site.enter(input, 0, rows), *args, **kwargs)  # type: ignore[misc]
+        return site.leave(y, input.dtype, 0, rows)
+
+
+class EmulatedEmbedding:
+    """Mixed into an embedding: the rows that it looks up leave as its site says; so does the table's gradient."""
+
+    aqnsim_binding: Binding
+    weight: nn.Parameter
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        site = self.aqnsim_binding
+        y = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        return site.leave(y, y.dtype, 0, site.rows(y)) if site.acts else y
+
+
+class EmulatedExperts:
+    """Mixed into a mixture's experts: each token's products run as the sites of their parameters say."""
+
+    aqnsim_bindings: dict[str, Binding]
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    act_fn: nn.Module
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
+        sites = self.aqnsim_bindings
+        if not any(site.acts for site in sites.values()):
+            return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
+        emulation = next(iter(sites.values())).emulation
+        tokens = emulation.rows_of(hidden_states)
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.gate_up_proj.shape[0]:
+                continue  # a token that another rank's expert serves
+            token, choice = torch.where(top_k_index == expert)
+            with emulation.at_rows(None if tokens is None else tokens[token]):
+                y = self._expert(expert, hidden_states[token])
+            y = y * top_k_weights[token, choice, None]
+            result.index_add_(0, token, y.to(result.dtype))
+        return result
+
+    def _expert(self, expert: int, x: Tensor) -> Tensor:
+        gate, up = self._product("gate_up_proj", expert, x).chunk(2, -1)
+        y = self.act_fn(gate)
+        multiply = self.aqnsim_bindings.get("multiply")
+        if multiply is None or not multiply.acts:
+            return self._product("down_proj", expert, y * up)
+        rows = multiply.rows(y)
+        y = multiply.leave(multiply.enter(y, 0, rows) * multiply.enter(up, 1, rows), up.dtype, 0, rows)
+        return self._product("down_proj", expert, y)
+
+    def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
+        weight, site = getattr(self, name)[expert], self.aqnsim_bindings.get(name)
+        if site is None or not site.acts:
+            return nn.functional.linear(x, weight)
+        return site.linear(*_autocast(x, weight, None), stream=expert + 1)
+
+
+class Recomputed:
+    """Mixed into a layer that gradient checkpointing may run again in the backward: it carries its moment along.
+
+    transformers wraps ``__call__`` of such layers and keeps their keyword arguments for the second run, so the moment
+    is one of them.
+    """
+
+    aqnsim_emulation: Emulation
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.gradient_checkpointing and self.training:  # type: ignore[attr-defined]
+            kwargs["aqnsim_moment"] = self.aqnsim_emulation.moment
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def forward(self, *args: Any, aqnsim_moment: Moment | None = None, **kwargs: Any) -> Any:
+        if aqnsim_moment is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with self.aqnsim_emulation.at(aqnsim_moment):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Operands in autocast's dtype, where it is on: torch does that for its own ops and not for ours."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def emulated_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
+    """A module's class with a mixin before it; its name keeps the original's, so that matches by name still hold."""
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})
+
+
+def rewritten_class(cls: type[nn.Module], copy: Rewritten) -> type[nn.Module]:
+    """A module's class whose forward's operations go through :data:`FUNCTIONS`."""
+    return type(f"Emulated{cls.__name__}", (cls,), {"forward": copy.forward, FUNCTIONS: None})

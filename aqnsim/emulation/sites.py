@@ -1,8 +1,8 @@
-"""Sites: the places in a model where an op runs, found by structure rather than by class name."""
+"""Sites: the places in a model where an op runs, found by structure and behaviour rather than by class name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,28 +10,57 @@ from torch import Tensor, nn
 
 from aqnsim.profiles import OpSpec
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """One op of the model.
 
     Attributes:
-        name: the module's path, the same before and after PEFT wraps the model.
-        kind: ``linear`` or ``norm``.
-        role: last part of the name, such as ``q_proj``.
-        rule: index of the profile's rule, or None for a site that only AQN uses.
-        spec: what the rule asks for.
-        module: the module itself.
+        name: the module's path, the same before and after PEFT wraps the model; of an op that a module's own forward
+            runs, the module's path and the op's kind.
+        kind: of op, see :data:`aqnsim.profiles.KINDS`.
+        role: what the op is in a transformer, such as ``q_proj``, ``norm`` or ``router``.
+        rules: index of the profile's rule in each phase, or None where the op runs as torch makes it.
+        specs: what the rule asks for, in each phase.
+        module: the module that runs it.
         index: row of the emulation's totals.
+        weight: name of the module's parameter that is the second operand; None where there is none.
+        weight_axis: the axis of that parameter which the product sums over.
+        ordinal: of an operation in the module's own forward; None for a module that is an op as a whole.
     """
 
     name: str
     kind: str
     role: str
-    rule: int | None
-    spec: OpSpec
+    rules: Mapping[str, int | None]
+    specs: Mapping[str, OpSpec]
     module: nn.Module
     index: int
+    weight: str | None = None
+    weight_axis: int = -1
+    ordinal: int | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter | None:
+        """The weight, if the op has one."""
+        return None if self.weight is None else self.module._parameters.get(self.weight)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the op has a weight that gets a gradient."""
+        return self.parameter is not None and self.parameter.requires_grad
+
+    @property
+    def spec(self) -> OpSpec:
+        """What is asked for in training."""
+        return self.specs["train"]
+
+    @property
+    def rule(self) -> int | None:
+        """The first rule that reaches the site, or None for a site that only AQN uses."""
+        return next((r for r in self.rules.values() if r is not None), None)
 
 
 def canonical(name: str) -> str:
@@ -71,25 +100,98 @@ def owners(model: nn.Module) -> dict[int, list[str]]:
     return found
 
 
-def norm_offset(module: nn.Module) -> float | None:
-    """Whether a module is an RMSNorm, by what it does: 0 for ``w x/rms(x)``, 1 for ``(1 + w) x/rms(x)``, else None."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or norm_eps(module) is None:
+# ---- kinds of module, by what they do -------------------------------------------------------------------------------
+
+
+def module_kind(module: nn.Module) -> str | None:
+    """The kind of op that a module as a whole is: ``linear``, ``experts``, ``norm``, ``activation``, ``embedding``.
+
+    None for a container, whose own arithmetic, if any, its forward spells out.
+    """
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear) or is_transposed_linear(module):
+        return "linear"
+    if is_experts(module):
+        return "experts"
+    if norm_of(module) is not None:
+        return "norm"
+    return "activation" if _is_activation(module) else None
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``x W + b`` with a weight ``[inputs, outputs]``, as GPT-2's Conv1D does."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or isinstance(module, nn.Embedding | nn.Linear):
+        return False
+    if set(module._parameters) != {"weight", "bias"} or bias is None or module._modules or module._buffers:
+        return False
+    x = _probe(2, weight.shape[0]).to(weight)
+    y = _called(module, x)
+    return bias.shape == weight.shape[1:] and _same(y, x @ weight + bias)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds the experts of a mixture as parameters ``[experts, outputs, inputs]``."""
+    up, down = (module._parameters.get(n) for n in ("gate_up_proj", "down_proj"))
+    if up is None or down is None or set(module._parameters) != {"gate_up_proj", "down_proj"}:
+        return False
+    if up.dim() != 3 or down.dim() != 3 or up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1]:
+        return False
+    return isinstance(getattr(module, "act_fn", None), nn.Module)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm computes: ``(offset + w) x / rms(x)``, or ``w (x - mean(x)) / std(x) + b``.
+
+    Attributes:
+        centred: whether the mean is taken off, as LayerNorm does.
+        offset: what is added to the weight; 1 in Gemma's.
+        eps: added to the mean square.
+    """
+
+    centred: bool
+    offset: float
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The norm over the last axis, in fp32."""
+        x = x.float()
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+        unit = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        if weight is not None:
+            unit = (self.offset + weight.float()) * unit
+        return unit if bias is None else unit + bias.float()
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """What norm a module is, by what it does to a probe; None if it is none."""
+    eps, weight = _eps(module), getattr(module, "weight", None)
+    size = _norm_size(module)
+    if eps is None or size is None or any(True for _ in module.children()):
         return None
-    if any(True for _ in module.children()) or getattr(module, "bias", None) is not None:
-        return None
-    n = weight.numel()
-    x = torch.cos(torch.arange(n, device=weight.device).float()) * 3 + 0.5
-    with torch.no_grad():
-        y = module.forward(x.to(weight.dtype)[None])[0]  # not the module's hooks: this is no forward of the model
-    unit = unit_rms(x.to(weight.dtype), module)
-    for offset in (0.0, 1.0):
-        if torch.allclose(y.float(), (offset + weight.detach().float()) * unit, rtol=0.02, atol=1e-3):
-            return offset
+    bias = getattr(module, "bias", None)
+    like = weight if isinstance(weight, nn.Parameter) else torch.zeros(())
+    x = (_probe(2, size) * 3 + 0.5).to(like)
+    y = _called(module, x)
+    for centred, offset in ((False, 0.0), (False, 1.0), (True, 0.0)):
+        norm = Norm(centred, offset, eps)
+        if _same(y, norm(x, weight, bias)):
+            return norm
     return None
 
 
-def norm_eps(module: nn.Module) -> float | None:
+def _norm_size(module: nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        return weight.numel() if weight.dim() == 1 else None
+    shape = getattr(module, "normalized_shape", None)
+    return shape[0] if isinstance(shape, tuple) and len(shape) == 1 else None
+
+
+def _eps(module: nn.Module) -> float | None:
     """The epsilon of a norm, under whichever of the usual names it has."""
     for name in ("variance_epsilon", "eps"):
         value = getattr(module, name, None)
@@ -100,9 +202,77 @@ def norm_eps(module: nn.Module) -> float | None:
     return None
 
 
-def unit_rms(x: Tensor, module: nn.Module) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)`` in fp32."""
-    x = x.float()
-    eps = norm_eps(module)
-    assert eps is not None
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+def _is_activation(module: nn.Module) -> bool:
+    """Whether a module is a non-linear function of each element alone."""
+    if any(True for _ in module.parameters()) or module._modules or module._buffers:
+        return False
+    x = torch.tensor([[-3.0, -1.0, -0.5, 0.25], [1.0, 2.5, 4.0, 0.0]])
+    y = _called(module, x)
+    if y is None or y.shape != x.shape:
+        return False
+    moved = _called(module, x.flip(0, 1))
+    linear = _same(_called(module, -2 * x), -2 * y)
+    return moved is not None and _same(moved.flip(0, 1), y) and not linear
+
+
+def _probe(*shape: int) -> Tensor:
+    count = int(torch.tensor(shape).prod())
+    return torch.cos(torch.arange(count).float() * 1.7).reshape(shape)
+
+
+def _called(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What a module's forward gives, without its hooks: this is no forward of the model. None if it takes no such x."""
+    was_training = module.training
+    module.training = False
+    try:
+        with torch.no_grad():
+            y = module.forward(x)
+    except (TypeError, RuntimeError, ValueError, IndexError, NotImplementedError, AttributeError, KeyError):
+        return None  # it wants other arguments: so it is another kind of module
+    finally:
+        module.training = was_training
+    return y if isinstance(y, Tensor) else None
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    return torch.allclose(a.float(), b.float(), rtol=0.02, atol=1e-3)
+
+
+# ---- roles ----------------------------------------------------------------------------------------------------------
+
+_ROLES = {
+    "c_attn": "qkv_proj",
+    "query_key_value": "qkv_proj",
+    "c_fc": "up_proj",
+    "fc1": "up_proj",
+    "fc2": "down_proj",
+    "w1": "gate_proj",
+    "w3": "up_proj",
+    "w2": "down_proj",
+    "embed_out": "lm_head",
+}
+
+
+def role_of(name: str, kind: str, routers: set[str]) -> str:
+    """What an op is in a transformer: the name's last part where it says so, the same word across families."""
+    parts = name.split(".")
+    last = parts[-1]
+    if kind != "linear":
+        return kind
+    if name in routers:
+        return "router"
+    if last in ("c_proj", "dense", "out_proj"):  # the same name in attention and in the MLP
+        return "down_proj" if any("mlp" in p for p in parts[:-1]) else "o_proj"
+    return _ROLES.get(last, last)
+
+
+def routers_of(model: nn.Module) -> set[str]:
+    """Names of what chooses experts: in a block that has ``experts``, the ``gate`` or ``router`` beside them."""
+    found: set[str] = set()
+    for name, module in host_modules(model):
+        if "experts" in module._modules:
+            prefix = f"{name}." if name else ""
+            found.update(prefix + n for n in module._modules if n in ("gate", "router", "wg"))
+    return found

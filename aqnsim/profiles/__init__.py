@@ -1,6 +1,6 @@
 """Profiles: which op of a model runs in which formats and with which errors. The standard library only.
 
-A profile is TOML with a source. Its rules are ordered; the first that matches a site gives the site its
+A profile is TOML with a source. Its rules are ordered; the first that matches a site in a phase gives the site its
 :class:`OpSpec`. The fingerprint is a hash of everything that changes a number, and travels with results.
 
 >>> load("mxfp4-w4a16").rules[0].spec.forward.weight
@@ -16,109 +16,85 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from aqnsim import errors, formats
-from aqnsim._errors import ConfigError, did_you_mean, unknown
+from aqnsim import formats
+from aqnsim._errors import ConfigError, unknown
+from aqnsim.profiles.spec import (
+    ELEMENTWISE,
+    GEMMS,
+    KINDS,
+    PARTS,
+    Forward,
+    GradInput,
+    GradWeight,
+    OpSpec,
+    build,
+    check_keys,
+    plain,
+)
+from aqnsim.rng import PHASES
 
-SEMANTICS = 2
-"""Version of what formats and errors mean; part of every fingerprint."""
+__all__ = [
+    "ELEMENTWISE",
+    "GEMMS",
+    "KINDS",
+    "SEMANTICS",
+    "Forward",
+    "GradInput",
+    "GradWeight",
+    "OpSpec",
+    "Profile",
+    "Rule",
+    "from_toml",
+    "load",
+    "names",
+]
 
-KINDS = ("linear",)
-"""Kinds of site that a rule can match."""
-
-
-def _canonical_format(name: str | None, where: str) -> str | None:
-    """One text for one format, so that two spellings of it have the same fingerprint."""
-    if name is None:
-        return None
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}: expected the name of a format, got {name!r}")
-    fmt = formats.get(name)
-    if formats.random_bits(fmt):
-        raise ConfigError(f"{where}: {name!r} rounds stochastically, which an emulated op has no random bits for yet")
-    return str(fmt)
-
-
-def _canonical_error(text: str | None, where: str) -> str | None:
-    """One text for one error model, so that ``5e-2`` and ``0.05`` have the same fingerprint."""
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise ConfigError(f"{where}: expected an error model's text, got {text!r}")
-    return str(errors.parse(text))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Forward:
-    """``y = cast(x) @ cast(W)^T``, then the error in fp32, then the bias, then the output dtype.
-
-    Blocks run along the contraction; ``None`` leaves an operand or the result as torch makes it.
-    """
-
-    input: str | None = None
-    weight: str | None = None
-    error: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "input", _canonical_format(self.input, "forward.input"))
-        object.__setattr__(self, "weight", _canonical_format(self.weight, "forward.weight"))
-        object.__setattr__(self, "error", _canonical_error(self.error, "forward.error"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backward:
-    """One gradient GEMM, on the forward's cast operands (straight-through), then the error in fp32."""
-
-    error: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "error", _canonical_error(self.error, "backward error"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpSpec:
-    """What one op does, forward and for each gradient on its own."""
-
-    forward: Forward = Forward()
-    grad_input: Backward = Backward()
-    grad_weight: Backward = Backward()
-
-    @property
-    def text(self) -> str:
-        """Canonical JSON: what ops take as an argument."""
-        return json.dumps(_plain(self), sort_keys=True, separators=(",", ":"))
-
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def parse(text: str) -> OpSpec:
-        """The spec of a canonical text."""
-        spec: OpSpec = _build(OpSpec, json.loads(text), "spec")
-        return spec
-
-    @property
-    def has_error(self) -> bool:
-        """Whether any of the three GEMMs misses."""
-        return any(p.error for p in (self.forward, self.grad_input, self.grad_weight))
+SEMANTICS = 3
+"""Version of what formats, errors and specs mean; part of every fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Sites of one kind whose name matches one of the globs, and what they do."""
+    """Sites of some kinds whose name or role matches one of the globs, in some phases, and what they do.
 
-    kind: str
+    Attributes:
+        kind: one of :data:`KINDS`, or several.
+        sites: globs of names, or of their last parts, or of roles.
+        phases: where the rule holds; all by default.
+        spec: what the ops do. An empty one keeps them as torch makes them.
+
+    Raises:
+        UnknownNameError: a kind or phase that does not exist.
+        ConfigError: the spec asks for what an op of that kind has not got; no kind, site or phase.
+    """
+
+    kind: str | tuple[str, ...]
     sites: tuple[str, ...] = ("*",)
-    spec: OpSpec = OpSpec()
+    phases: tuple[str, ...] = PHASES
+    spec: OpSpec = field(default_factory=OpSpec)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown("kind of site", self.kind, KINDS)
+        for what, names in (("kind", self.kinds), ("sites", self.sites), ("phases", self.phases)):
+            if not names:
+                raise ConfigError(f"a rule with no {what} matches nothing")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise unknown("kind of site", kind, KINDS)
+            self.spec.check(kind, "rule")
+        for phase in self.phases:
+            if phase not in PHASES:
+                raise unknown("phase", phase, PHASES)
 
-    def matches(self, kind: str, site: str) -> bool:
-        return kind == self.kind and _matches(site, self.sites)
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    def matches(self, kind: str, site: str, role: str = "") -> bool:
+        return kind in self.kinds and _matches(site, role, self.sites)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +105,7 @@ class Profile:
         name: what reports print.
         description: one line.
         source: where the choices come from, as a table of strings.
-        exclude: globs of site names that no rule reaches; they need not match anything.
+        exclude: globs of site names or roles that no rule reaches; they need not match anything.
         rules: the first that matches wins; each must match some site.
     """
 
@@ -139,74 +115,55 @@ class Profile:
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = field(default=())
 
-    def rule_for(self, kind: str, site: str) -> int | None:
-        """Index of the rule that applies to a site, or None."""
-        if _matches(site, self.exclude):
+    def rule_for(self, kind: str, site: str, role: str = "", phase: str = "train") -> int | None:
+        """Index of the rule that applies to a site in a phase, or None."""
+        if _matches(site, role, self.exclude):
             return None
-        return next((i for i, r in enumerate(self.rules) if r.matches(kind, site)), None)
+        found = (i for i, r in enumerate(self.rules) if phase in r.phases and r.matches(kind, site, role))
+        return next(found, None)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of op that some rule asks something of."""
+        return {kind for r in self.rules if not r.spec.is_empty for kind in r.kinds}
 
     @property
     def fingerprint(self) -> str:
         """16 hex digits over all that changes a number: rules, exclusions and what their formats mean."""
-        used = sorted({f for r in self.rules for f in (r.spec.forward.input, r.spec.forward.weight) if f})
+        used = sorted({f for r in self.rules for f in r.spec.formats})
         content = {
             "semantics": SEMANTICS,
             "exclude": self.exclude,
-            "rules": [_plain(r) for r in self.rules],
+            "rules": [{**plain(r), "kind": list(r.kinds)} for r in self.rules],
             "formats": {f: dataclasses.asdict(formats.get(f)) for f in used},
         }
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _matches(site: str, globs: tuple[str, ...]) -> bool:
-    """A glob matches the whole name or its last parts: ``lm_head`` matches ``model.lm_head``."""
-    return any(fnmatch.fnmatchcase(site, g) or fnmatch.fnmatchcase(site, f"*.{g}") for g in globs)
+def _matches(site: str, role: str, globs: tuple[str, ...]) -> bool:
+    """A glob matches the role, the whole name or its last parts: ``lm_head`` matches ``model.lm_head``."""
+    match = fnmatch.fnmatchcase
+    return any(match(site, g) or match(site, f"*.{g}") or (role and match(role, g)) for g in globs)
 
 
-def _plain(value: Any) -> Any:
-    """Dataclasses as dicts without their empty fields."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((f.name, _plain(getattr(value, f.name))) for f in dataclasses.fields(value))
-        return {k: v for k, v in items if v not in (None, {})}
-    return list(value) if isinstance(value, tuple) else value
-
-
-_NESTED = {"forward": Forward, "grad_input": Backward, "grad_weight": Backward}
-
-
-def _build(cls: type[Any], table: Any, where: str) -> Any:
-    """A dataclass from a table, unknown keys rejected."""
-    if not isinstance(table, dict):
-        raise ConfigError(f"{where}: expected a table, got {table!r}")
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
-    nested = {k: _build(c, table[k], f"{where}.{k}") for k, c in _NESTED.items() if k in table}
-    try:
-        return cls(**{**table, **nested})
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _globs(value: Any, where: str) -> tuple[str, ...]:
+def _texts(value: Any, what: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-        raise ConfigError(f"{where}: expected a list of globs, got {value!r}")
+        raise ConfigError(f"{where}: expected a list of {what}, got {value!r}")
     return tuple(value)
 
 
 def _rule(table: dict[str, Any], where: str) -> Rule:
-    """A rule from its table, in which the parts of the OpSpec stand beside ``kind`` and ``sites``."""
-    known = ["kind", "sites", *_NESTED]
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
-    spec = _build(OpSpec, {k: v for k, v in table.items() if k in _NESTED}, where)
-    own = {k: v for k, v in table.items() if k not in _NESTED}
-    if "sites" in own:
-        own["sites"] = _globs(own["sites"], f"{where}: sites")
-    rule: Rule = _build(Rule, {**own, "spec": spec}, where)
+    """A rule from its table, in which the parts of the OpSpec stand beside ``kind``, ``sites`` and ``phases``."""
+    check_keys(table, ["kind", "sites", "phases", *PARTS], where)
+    spec = build(OpSpec, {k: v for k, v in table.items() if k in PARTS}, where)
+    own = {k: v for k, v in table.items() if k not in PARTS}
+    for key, what in (("sites", "globs"), ("phases", "phases")):
+        if key in own:
+            own[key] = _texts(own[key], what, f"{where}: {key}")
+    if isinstance(own.get("kind"), list):
+        own["kind"] = _texts(own["kind"], "kinds", f"{where}: kind")
+    rule: Rule = build(Rule, {**own, "spec": spec}, where)
     return rule
 
 
@@ -229,8 +186,8 @@ def from_toml(text: str, where: str = "profile") -> Profile:
         raise ConfigError(f"{where}: a [source] table must say where the choices come from")
     if "rules" in table:
         raise ConfigError(f"{where}: unknown key 'rules' (did you mean '[[rule]]'?)")
-    exclude = _globs(table.get("exclude", []), f"{where}: exclude")
-    profile: Profile = _build(Profile, {**table, "exclude": exclude, "rules": tuple(rules)}, where)
+    exclude = _texts(table.get("exclude", []), "globs", f"{where}: exclude")
+    profile: Profile = build(Profile, {**table, "exclude": exclude, "rules": tuple(rules)}, where)
     return profile
 
 

@@ -1,0 +1,182 @@
+"""What a rewritten module's operations go through: first a recorder, then the emulated ops."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aqnsim.emulation.attention import PARTS, Attention, is_attention
+from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.rewriting import OPERATORS, TORCH, Operation
+
+_OPERANDS = {"add": (0, 1), "multiply": (0, 1), "rope": (0, 1)}
+"""Which arguments are operands; of other kinds the first."""
+
+Emulated = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def kind_of(operation: Operation, function: Any, args: tuple[Any, ...]) -> str | None:
+    """The kind of op that a call is, now that its function and arguments are known; None for no op."""
+    if isinstance(function, nn.Module):
+        return None
+    function = function.func if isinstance(function, functools.partial) else function
+    kind = operation.kind
+    if kind is None:
+        if is_attention(function, args):
+            return "attention"
+        if getattr(function, "__module__", "").startswith("transformers.loss"):
+            return "loss"
+        kind = TORCH.get(function) if function.__hash__ is not None else None
+    if kind in ("add", "multiply"):
+        return kind if all(_is_activation(t) for t in args[:2]) else None
+    if kind == "matmul" and function in OPERATORS:
+        return kind if all(isinstance(t, Tensor) and t.is_floating_point() for t in args[:2]) else None
+    return kind
+
+
+def _is_activation(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2 and x.numel() > 1
+
+
+@dataclass(frozen=True)
+class Found:
+    """An operation that a forward really ran.
+
+    Attributes:
+        operation: where it stands.
+        kind: of op; ``attention`` stands for its four.
+        shapes: of its tensor arguments.
+    """
+
+    operation: Operation
+    kind: str
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Recorder:
+    """Runs a module's operations as they are, and notes which are ops."""
+
+    operations: tuple[Operation, ...]
+    found: dict[int, Found] = field(default_factory=dict)
+
+    def call(self, ordinal: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        kind = kind_of(self.operations[ordinal], function, args)
+        if kind is not None:
+            shapes = tuple(tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+            self.found[ordinal] = Found(self.operations[ordinal], kind, shapes)
+        return function(*args, **kwargs)
+
+
+@dataclass
+class Functions:
+    """Runs a module's operations, the emulated ones as their sites say."""
+
+    emulation: Any
+    ops: dict[int, Emulated]
+
+    def call(self, ordinal: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        op = self.ops.get(ordinal)
+        if op is None or self.emulation.is_off:
+            return function(*args, **kwargs)
+        return op(function, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Functions:
+        return self
+
+
+def emulated(kind: str, bindings: dict[str, Binding]) -> Emulated:
+    """The emulated op of a kind; ``attention`` takes a binding for each of its parts."""
+    if kind == "attention":
+        return Attention({part: bindings[part] for part in PARTS if part in bindings})
+    run = {"linear": _linear, "matmul": _matmul, "loss": _loss}.get(kind, _elementwise)
+    return _Op(run, bindings[kind])
+
+
+@dataclass(frozen=True)
+class _Op:
+    run: Callable[..., Any]
+    binding: Binding
+
+    def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.binding.acts:
+            return function(*args, **kwargs)
+        return self.run(self.binding, function, args, kwargs)
+
+
+def _elementwise(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Operands enter in fp32, torch computes, the result leaves. Other tensors, such as rotary tables, are fp32."""
+    kind = b.site.kind
+    operands = _OPERANDS.get(kind, (0,))
+    heads = "bhsd" if kind == "rope" else ""
+    dtype = kwargs.get("dtype") or next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+
+    def entered(i: int, a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            return a
+        return b.enter(a, operands.index(i), b.rows(a, heads)) if i in operands else a.float()
+
+    result = function(*(entered(i, a) for i, a in enumerate(args)), **{k: entered(-1, v) for k, v in kwargs.items()})
+    if isinstance(result, tuple):
+        return tuple(b.leave(y, dtype, i, b.rows(y, heads)) for i, y in enumerate(result))
+    return b.leave(result, dtype, 0, b.rows(result, heads))
+
+
+def _linear(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, weight, bias = [*args, *([None] * 3)][:3]
+    weight = kwargs.get("weight", weight)
+    return b.linear(x, weight, kwargs.get("bias", bias))
+
+
+def _matmul(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A product that a module calls itself; operands of one dimension, sums and einsum are brought to that form."""
+    if function is torch.einsum:
+        return _einsum(b, args)
+    scale, addend = kwargs.get("alpha", 1), None
+    if function in (torch.addmm, torch.baddbmm):
+        addend, *args = args  # type: ignore[assignment]
+        addend = addend * kwargs.get("beta", 1) if kwargs.get("beta", 1) else None
+    x, y = args[:2]
+    y = y.expand(*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), *y.shape[-2:]) if x.dim() > 2 else y
+    product = (
+        b.matmul(x, y, False, x.dtype, b.rows(x)) * scale if scale != 1 else b.matmul(x, y, False, x.dtype, b.rows(x))
+    )
+    return product if addend is None else addend + product
+
+
+def _einsum(b: Binding, args: tuple[Any, ...]) -> Tensor:
+    """A contraction of two operands as one batched product."""
+    x, y = args[1] if isinstance(args[1], list | tuple) else args[1:]
+    inputs, _, output = args[0].replace(" ", "").partition("->")
+    left, right = inputs.split(",")
+    batch = [i for i in left if i in right and i in output]
+    summed = [i for i in left if i in right and i not in output]
+    rows = [i for i in left if i not in right]
+    columns = [i for i in right if i not in left]
+    sizes = {**dict(zip(left, x.shape, strict=True)), **dict(zip(right, y.shape, strict=True))}
+
+    def arranged(t: Tensor, own: str, *groups: list[str]) -> Tensor:
+        t = t.permute([own.index(i) for group in groups for i in group])
+        return t.reshape([int(torch.tensor([sizes[i] for i in group]).prod()) if group else 1 for group in groups])
+
+    product = b.matmul(
+        arranged(x, left, batch, rows, summed), arranged(y, right, batch, summed, columns), False, x.dtype
+    )
+    product = product.reshape([sizes[i] for i in (*batch, *rows, *columns)])
+    return product.permute([(*batch, *rows, *columns).index(i) for i in output])
+
+
+def _loss(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A log-softmax, emulated, or a loss on its result: the log-softmax of a log-softmax is itself."""
+    name = "logits" if "logits" in kwargs else None
+    logits = kwargs["logits"] if name else args[0]
+    entered = b.enter(logits, 0, b.rows(logits))
+    logs = b.leave(torch.log_softmax(entered, -1), torch.float32, 0, b.rows(logits))
+    if function in (torch.nn.functional.log_softmax, torch.log_softmax):
+        return logs.to(logits.dtype)
+    return function(**{**kwargs, "logits": logs}) if name else function(logs, *args[1:], **kwargs)

@@ -1,0 +1,278 @@
+"""OpSpec: what one op does, in the forward and for each gradient on its own. The standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from aqnsim import errors, formats
+from aqnsim._errors import ConfigError, did_you_mean
+
+GEMMS = ("linear", "matmul", "qk", "pv")
+"""Kinds of op that multiply matrices: two operands, an accumulator, three products in a training step."""
+
+ELEMENTWISE = (
+    "embedding",
+    "norm",
+    "rope",
+    "kv_cache",
+    "softmax",
+    "activation",
+    "multiply",
+    "add",
+    "conv",
+    "loss",
+)
+"""Kinds of op that compute in fp32 on operands that enter, and whose result leaves through the error and a cast."""
+
+KINDS = (*GEMMS, *ELEMENTWISE)
+"""Kinds of site that a rule can match."""
+
+BIASES = ("exact", "missed")
+
+
+def _canonical_format(name: Any, where: str) -> str | None:
+    """One text for one format, so that two spellings of it have the same fingerprint."""
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: expected the name of a format, got {name!r}")
+    return str(formats.get(name))
+
+
+def _canonical_error(text: Any, where: str) -> str | None:
+    """One text for one chain of error models, so that ``5e-2`` and ``0.05`` have the same fingerprint."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected an error model's text, got {text!r}")
+    return str(errors.parse(text))
+
+
+_CANONICAL = {
+    "input": _canonical_format,
+    "weight": _canonical_format,
+    "grad": _canonical_format,
+    "output": _canonical_format,
+    "error": _canonical_error,
+}
+
+
+class _Part:
+    """One direction of an op; its texts are made canonical when it is made."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            if f.name in _CANONICAL:
+                value = _CANONICAL[f.name](getattr(self, f.name), f"{type(self).__name__}.{f.name}")
+                object.__setattr__(self, f.name, value)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields that ask for something, by name."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward(_Part):
+    """``y = cast(input) @ cast(weight)^T``, then the error in fp32, then the bias, then the cast of the output.
+
+    ``None`` leaves an operand or the result as torch makes it. Blocks of operands run along the contraction.
+
+    Attributes:
+        input: format of the first operand; of every operand of an elementwise op, with blocks along its last axis.
+        weight: format of the second operand: a weight, the keys of ``qk``, the values of ``pv``.
+        error: the error model.
+        output: format of the result, with blocks along its last axis.
+        bias: ``exact`` adds the bias of a linear layer after the error, ``missed`` before it.
+    """
+
+    input: str | None = None
+    weight: str | None = None
+    error: str | None = None
+    output: str | None = None
+    bias: str = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bias not in BIASES:
+            raise ConfigError(f"Forward.bias: expected one of {', '.join(BIASES)}, got {self.bias!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradient(_Part):
+    """The product that makes one gradient.
+
+    Attributes:
+        grad: format of the incoming gradient, as an operand of this product.
+        error: the error model, in fp32.
+        output: format of the gradient that comes out, with blocks along its last axis.
+        hadamard: size of a random Hadamard transform along the contraction of both operands, before their casts.
+    """
+
+    grad: str | None = None
+    error: str | None = None
+    output: str | None = None
+    hadamard: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hadamard is not None and self.hadamard not in (16, 32, 64, 128):
+            raise ConfigError(f"{type(self).__name__}.hadamard: expected 16, 32, 64 or 128, got {self.hadamard!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradInput(_Gradient):
+    """The gradient of the first operand, ``cast(grad) @ weight``.
+
+    Attributes:
+        weight: format of the second operand in this product, with blocks along *its* contraction; None takes the
+            operand that the forward had cast (straight-through).
+    """
+
+    weight: str | None = None
+
+    @property
+    def other(self) -> str | None:
+        """Format of the operand beside the gradient."""
+        return self.weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradWeight(_Gradient):
+    """The gradient of the second operand, ``cast(grad)^T @ input``.
+
+    Attributes:
+        input: format of the first operand in this product, with blocks along *its* contraction, the tokens; None takes
+            the operand that the forward had cast (straight-through).
+    """
+
+    input: str | None = None
+
+    @property
+    def other(self) -> str | None:
+        """Format of the operand beside the gradient."""
+        return self.input
+
+
+PARTS: dict[str, type[Any]] = {"forward": Forward, "grad_input": GradInput, "grad_weight": GradWeight}
+"""The directions of an op."""
+
+_ELEMENTWISE_FIELDS = {
+    "forward": ("input", "error", "output"),
+    "grad_input": ("grad", "error", "output"),
+    "grad_weight": ("error", "output"),
+}
+_WITH_WEIGHT = ("norm", "embedding", "conv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """What one op does, forward and for each gradient on its own."""
+
+    forward: Forward = Forward()
+    grad_input: GradInput = GradInput()
+    grad_weight: GradWeight = GradWeight()
+
+    @property
+    def text(self) -> str:
+        """Canonical JSON: what ops take as an argument."""
+        return json.dumps(plain(self), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(text: str) -> OpSpec:
+        """The spec of a canonical text."""
+        spec: OpSpec = build(OpSpec, json.loads(text), "spec")
+        return spec
+
+    @property
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Each direction with its name."""
+        return ((name, getattr(self, name)) for name in PARTS)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the op runs as torch makes it."""
+        return not any(part.asked for _, part in self.parts)
+
+    @property
+    def has_error(self) -> bool:
+        """Whether any of the three results misses."""
+        return any(part.error for _, part in self.parts)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything random enters: an error or a stochastic rounding."""
+        return self.has_error or any(formats.random_bits(formats.get(f)) for f in self.formats)
+
+    @property
+    def formats(self) -> list[str]:
+        """Every format that is named, sorted."""
+        named = (v for _, part in self.parts for k, v in part.asked.items() if _CANONICAL.get(k) is _canonical_format)
+        return sorted(set(named))
+
+    def check(self, kind: str, where: str) -> None:
+        """Refuse what an op of a kind has not got.
+
+        Raises:
+            ConfigError: such as a weight format for a softmax.
+        """
+        if kind in GEMMS:
+            return
+        for name, part in self.parts:
+            allowed = _ELEMENTWISE_FIELDS[name]
+            if name == "grad_weight" and kind not in _WITH_WEIGHT:
+                allowed = ()
+            if kind == "conv" and name == "forward":
+                allowed = (*allowed, "weight")
+            for key in part.asked:
+                if key not in allowed:
+                    raise ConfigError(
+                        f"{where}: {name}.{key} means nothing for an op of kind {kind!r}; "
+                        f"there it may have: {', '.join(allowed) or 'nothing'}"
+                    )
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dicts without the fields that ask for nothing."""
+    if isinstance(value, _Part):
+        return value.asked
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, plain(getattr(value, f.name))) for f in dataclasses.fields(value))
+        return {k: v for k, v in items if v not in (None, {})}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def build(cls: type[Any], table: Any, where: str) -> Any:
+    """A dataclass from a table, unknown keys rejected.
+
+    Raises:
+        ConfigError: no table, a key missing or unknown.
+    """
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: expected a table, got {table!r}")
+    check_keys(table, [f.name for f in dataclasses.fields(cls)], where)
+    nested = {}
+    if cls is OpSpec:
+        nested = {k: build(c, table[k], f"{where}.{k}") for k, c in PARTS.items() if k in table}
+    try:
+        return cls(**{**table, **nested})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def check_keys(table: dict[str, Any], known: list[str], where: str) -> None:
+    """Refuse keys that are not known.
+
+    Raises:
+        ConfigError: an unknown key; the message names the closest.
+    """
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{did_you_mean(key, known)}; known: {', '.join(known)}")
