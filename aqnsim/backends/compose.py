@@ -270,7 +270,7 @@ def compositions(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
     def stage(
         x: Tensor, steps: list[str], dtype: torch.dtype, keys: list[int], clock: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        stats, output = _no_stats(x, 3), steps[2]
+        stats, output, given = _no_stats(x, 3), steps[2], x
         for i, text in enumerate(steps):
             if not text:
                 continue
@@ -281,7 +281,8 @@ def compositions(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
             else:
                 own = rows if random_bits(get(text)) else None
                 x, stats[i] = cast(x, text, -1, keys[i], clock, own, True)
-        return x.to(dtype), stats
+        x = x.to(dtype)
+        return (x.clone() if x is given else x), stats  # an op's result is a tensor of its own
 
     return {
         "linear": linear,

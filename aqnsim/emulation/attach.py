@@ -322,7 +322,7 @@ def _attach(emulation: Emulation, planned: list[Site]) -> None:
             _attach_module(emulation, module, own)
         if bindings:
             _attach_functions(emulation, module, bindings)  # type: ignore[arg-type]
-    for module in _recomputed(emulation.model):
+    for module in _recomputed(emulation.model) if planned else ():
         _swap(emulation, module, em.emulated_class(em.Recomputed, type(module)), {"aqnsim_emulation": emulation})
 
 

@@ -85,7 +85,7 @@ class Attention:
         if not self._acts("kv_cache"):
             return x
         b = self.parts["kv_cache"]
-        rows = b.emulation.cached_rows(x) if b.spec.draws else None
+        rows = b.emulation.cached_rows(x) if b.draws else None
         return b.leave(b.enter(x, operand, rows), x.dtype, operand, rows)
 
     def _explicit(
@@ -102,7 +102,7 @@ class Attention:
         heads = query.shape[1]
         key, value = _repeated(key, heads), _repeated(value, heads)
         emulation = next(iter(self.parts.values())).emulation
-        draws = any(b.acts and b.spec.draws for b in self.parts.values())
+        draws = any(b.acts and b.draws for b in self.parts.values())
         query_rows = emulation.rows_of(query, "bhsd") if draws else None
         key_rows = emulation.cached_rows(key) if draws else None
         score_rows = emulation.score_rows(query) if draws else None

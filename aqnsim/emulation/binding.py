@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,35 +24,70 @@ _BACKWARD = slice(5, 8)  # grad-input.grad, grad-input, grad-input-cast
 _WEIGHT = slice(9, 12)  # grad-weight.grad, grad-weight, grad-weight-cast
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a spec asks for, in the plain values that ops and compiled graphs take."""
+
+    text: str
+    is_empty: bool
+    draws: bool
+    casts_weight: bool
+    only_weight: bool
+    counts_output: bool
+    entering: tuple[list[str], list[str]]
+    weight_entering: tuple[list[str], list[str]]
+    leaving: tuple[list[str], list[str]]
+
+    @classmethod
+    def of(cls, spec: OpSpec) -> _Plan:
+        def steps(fmt: str | None, error: str | None, output: str | None) -> list[str]:
+            return [fmt or "", error or "", output or ""]
+
+        forward, grad_input, grad_weight = spec.forward, spec.grad_input, spec.grad_weight
+        return cls(
+            text=spec.text,
+            is_empty=spec.is_empty,
+            draws=spec.draws,
+            casts_weight=forward.weight is not None,
+            only_weight=spec == OpSpec(forward=Forward(weight=forward.weight)),
+            counts_output=not forward.asked,
+            entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
+            weight_entering=(steps(None, None, None), steps(None, grad_weight.error, grad_weight.output)),
+            leaving=(steps(None, forward.error, forward.output), steps(grad_input.grad, None, None)),
+        )
+
+
 class Binding:
     """A site and the emulation that it belongs to; what emulated modules and operations are given."""
 
     def __init__(self, emulation: Emulation, site: Site) -> None:
         self.emulation, self.site = emulation, site
         self.materialised = False
-        self.keys = [key_of(emulation.seed, site.name, s) for s in STREAMS]
-        self.texts = {phase: spec.text for phase, spec in site.specs.items()}
-        self._operand_keys: list[list[int]] = [
-            [key_of(emulation.seed, site.name, f"{s}.{i}" if i else s) for s in STREAMS] for i in range(3)
-        ]
+        self.keys = self._keys()
+        self._plans = {phase: _Plan.of(spec) for phase, spec in site.specs.items()}
+        self._operand_keys = [self._keys(f".{i}" if i else "") for i in range(3)]
+        self._weight_keys: dict[int, list[int]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self  # a copied model keeps reporting to the emulation that it was copied from
 
-    @property
-    def spec(self) -> OpSpec:
-        """What the op does in this phase."""
-        return self.site.specs[self.emulation.current_phase]
+    def _keys(self, suffix: str = "") -> list[int]:
+        return [key_of(self.emulation.seed, self.site.name, stream + suffix) for stream in STREAMS]
 
     @property
-    def text(self) -> str:
-        """The spec as ops take it."""
-        return self.texts[self.emulation.current_phase]
+    def plan(self) -> _Plan:
+        """What the op does in this phase."""
+        return self._plans[self.emulation.current_phase]
 
     @property
     def acts(self) -> bool:
         """Whether the op is emulated now."""
-        return not self.emulation.is_off and not self.spec.is_empty
+        return not self.emulation.is_off and not self.plan.is_empty
+
+    @property
+    def draws(self) -> bool:
+        """Whether the op draws random numbers now."""
+        return self.plan.draws
 
     def receipt(self) -> Tensor:
         """The totals of this site in this phase: ``[streams, stats]``."""
@@ -63,7 +99,7 @@ class Binding:
 
     def rows(self, x: Tensor, heads: str = "") -> Tensor | None:
         """The logical rows of a tensor, where this op draws; see :meth:`Emulation.rows_of`."""
-        return self.emulation.rows_of(x, heads) if self.spec.draws else None
+        return self.emulation.rows_of(x, heads) if self.draws else None
 
     def enter(self, x: Tensor, operand: int = 0, rows: Tensor | None = None) -> Tensor:
         """An operand in fp32 as the op takes it; its gradient leaves as the spec says.
@@ -71,37 +107,29 @@ class Binding:
         Args:
             operand: its number, which tells the noise on the gradients of several operands apart.
         """
-        spec = self.spec
-        forward = [spec.forward.input or "", "", ""]
-        backward = ["", spec.grad_input.error or "", spec.grad_input.output or ""]
         keys = self._operand_keys[operand]
-        return self._stage(x, forward, backward, torch.float32, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
+        return self._stage(x, self.plan.entering, torch.float32, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
     def enter_weight(self, weight: Tensor) -> Tensor:
         """A weight in fp32; its gradient leaves as ``grad_weight`` says."""
-        part = self.spec.grad_weight
-        backward = ["", part.error or "", part.output or ""]
         keys = [*self.keys[_FORWARD], *self.keys[_WEIGHT]]
-        return self._stage(weight, _NOTHING, backward, torch.float32, keys, None, _WEIGHT)
+        return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT)
 
     def leave(self, y: Tensor, dtype: torch.dtype, operand: int = 0, rows: Tensor | None = None) -> Tensor:
         """A result: the error, in fp32, then its cast, then ``dtype``; the gradient is cast as it comes in."""
-        spec = self.spec
-        forward = ["", spec.forward.error or "", spec.forward.output or ""]
-        backward = [spec.grad_input.grad or "", "", ""]
         keys = self._operand_keys[operand]
-        return self._stage(y, forward, backward, dtype, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
+        return self._stage(y, self.plan.leaving, dtype, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
     def _stage(
         self,
         x: Tensor,
-        forward: list[str],
-        backward: list[str],
+        steps: tuple[list[str], list[str]],
         dtype: torch.dtype,
         keys: list[int],
         rows: Tensor | None,
         streams: slice,
     ) -> Tensor:
+        forward, backward = steps
         if not any(forward) and not any(backward):
             return x.to(dtype)
         receipt = self.receipt()
@@ -114,7 +142,7 @@ class Binding:
 
     def casts_weight(self, weight: Tensor) -> bool:
         """Whether the forward casts the weight: yes while it trains, no once cast(W) is written."""
-        if self.spec.forward.weight is None:
+        if not self.plan.casts_weight:
             return False
         if self.materialised and weight.requires_grad:
             raise ConfigError(
@@ -129,26 +157,37 @@ class Binding:
         Args:
             stream: tells the noise of several weights of one site apart, such as those of experts.
         """
-        spec, receipt = self.spec, self.receipt()
+        plan, receipt = self.plan, self.receipt()
         cast_weight = self.casts_weight(weight)
-        keys = self.keys
-        if stream:
-            keys = [key_of(self.emulation.seed, f"{self.site.name}.{stream}", s) for s in STREAMS]
-        only_weight = spec == OpSpec(forward=Forward(weight=spec.forward.weight))
-        if only_weight and not cast_weight:
+        if plan.only_weight and not cast_weight:
             self.count_call("weight")
             flat = x.reshape(-1, x.shape[-1]).contiguous()
             out = torch.nn.functional.linear(flat, weight, bias)
             return out.reshape(*x.shape[:-1], out.shape[-1])
         result: tuple[Tensor, Tensor] = torch.ops.aqnsim.linear(
-            x, weight, bias, self.text, cast_weight, keys, self.emulation.clock, self.rows(x), receipt
+            x,
+            weight,
+            bias,
+            plan.text,
+            cast_weight,
+            self._keys_of_weight(stream),
+            self.emulation.clock,
+            self.rows(x),
+            receipt,
         )
         torch.ops.aqnsim.record(receipt[:4], result[1])
-        if not cast_weight and spec.forward.weight is not None:
+        if not cast_weight and plan.casts_weight:
             self.count_call("weight")
-        elif not spec.forward.asked:  # only gradients miss: no stream has counted this call
+        elif plan.counts_output:  # only gradients miss: no stream has counted this call
             self.count_call("output")
         return result[0]
+
+    def _keys_of_weight(self, number: int) -> list[int]:
+        if not number:
+            return self.keys
+        if number not in self._weight_keys:
+            self._weight_keys[number] = self._keys(f"#{number}")
+        return self._weight_keys[number]
 
     def matmul(
         self,
@@ -167,10 +206,20 @@ class Binding:
         """
         receipt = self.receipt()
         result: tuple[Tensor, Tensor] = torch.ops.aqnsim.matmul(
-            a, b, transposed, self.text, dtype, self.keys, self.emulation.clock, rows, first_rows, other_rows, receipt
+            a,
+            b,
+            transposed,
+            self.plan.text,
+            dtype,
+            self.keys,
+            self.emulation.clock,
+            rows,
+            first_rows,
+            other_rows,
+            receipt,
         )
         torch.ops.aqnsim.record(receipt[:4], result[1])
-        if not self.spec.forward.asked:
+        if self.plan.counts_output:
             self.count_call("output")
         return result[0]
 

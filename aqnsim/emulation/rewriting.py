@@ -15,6 +15,7 @@ import inspect
 import itertools
 import linecache
 import operator
+import sys
 import textwrap
 import types
 from collections.abc import Callable
@@ -171,11 +172,15 @@ def _strip_annotations(definition: ast.FunctionDef) -> None:
 
 
 def _compile(tree: ast.Module, name: str, scope: dict[str, Any]) -> Any:
+    """The function of a tree, in a module of its own: torch.compile looks globals up by the module's name."""
     text = ast.unparse(ast.fix_missing_locations(tree))
-    file = f"<aqnsim rewritten {name} {next(_NUMBERS)}>"
+    module = types.ModuleType(f"aqnsim_rewritten_{next(_NUMBERS)}")
+    file = f"<{module.__name__} {name}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # tracebacks show the source
-    exec(compile(text, file, "exec"), scope)
-    return scope[name]
+    module.__dict__.update({**scope, "__name__": module.__name__})
+    sys.modules[module.__name__] = module
+    exec(compile(text, file, "exec"), module.__dict__)
+    return module.__dict__[name]
 
 
 class _Rewriter(ast.NodeTransformer):
