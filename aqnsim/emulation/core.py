@@ -18,6 +18,7 @@ from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
+from aqnsim.report import Report
 from aqnsim.rng import MAX_SEQUENCE_BITS, check_step, clock, key_of
 
 _CALLS = STATS.index("calls")
@@ -296,22 +297,22 @@ class Emulation:
         self.totals.copy_(state["totals"])
         self._sigmas = set(state["sigmas"].tolist())
 
-    def report(self) -> str:
-        """The receipts as a table, requested beside realised."""
-        head = f"profile {self.profile.name} ({self.profile.fingerprint}), {len(self.sites)} sites, seed {self.seed}"
-        if not self.sites:
-            return f"{head}: nothing is emulated"
-        return f"{head}\n{rc.table(self.receipts())}"
+    def report(self, since: ReceiptTotals | None = None) -> Report:
+        """The receipts, requested beside realised: printed it is a table; see :class:`aqnsim.report.Report`."""
+        receipts = tuple(self.receipts(since))
+        return Report(self.profile.name, self.profile.fingerprint, self.seed, len(self.sites), receipts)
 
-    def check(self, backward: bool = False) -> None:
+    def check(self, backward: bool = False, false_alarm: float = 1e-6) -> None:
         """Fail where something was requested and did not happen.
 
         Args:
             backward: also require that the gradient errors of every rule were injected somewhere.
+            false_alarm: probability with which a sigma that was injected as asked may fail nonetheless.
 
         Raises:
             RealisationError: a site that was never called, an error that changed no value, an AQN schedule that never
-                advanced, stayed at 0 or reached no norm. The message names the site or the schedule.
+                advanced, stayed at 0 or reached no norm, a sigma that is not the one asked for. The message names the
+                site or the schedule.
         """
         calls = self.totals[..., _CALLS]
         for site in self.sites:
@@ -329,6 +330,8 @@ class Emulation:
             self._check_backward(calls)
         if self.aqn is not None:
             self._check_aqn(calls)
+        if violations := self.report().violations(false_alarm):
+            raise RealisationError("; ".join(violations))
 
     def _check_backward(self, calls: Tensor) -> None:
         for i, rule in enumerate(self.profile.rules):
