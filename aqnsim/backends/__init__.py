@@ -13,7 +13,7 @@ from typing import Any
 
 from aqnsim._errors import BackendError, unknown
 
-OPS = ("cast", "quantize", "perturb", "linear", "linear_backward")
+OPS = ("cast", "quantize", "perturb", "gemm", "linear", "linear_backward")
 """What a backend may implement; each name's meaning is its op's in :mod:`aqnsim.ops`."""
 
 
