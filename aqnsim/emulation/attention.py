@@ -30,6 +30,11 @@ class Attention:
     """One attention's ops. Where none of scores, softmax and values is emulated, the model's own function runs."""
 
     parts: dict[str, Binding]
+    kind = "attention"
+
+    @property
+    def acts(self) -> bool:
+        return any(self._acts(part) for part in PARTS)
 
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(args[0], nn.Module):

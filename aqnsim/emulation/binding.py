@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aqnsim._errors import ConfigError
 from aqnsim.emulation.sites import Site
-from aqnsim.profiles import Forward, OpSpec
+from aqnsim.profiles import OpSpec
 from aqnsim.receipts import PHASES, STATS, STREAMS
 from aqnsim.rng import key_of
 
@@ -49,7 +49,7 @@ class _Plan:
             is_empty=spec.is_empty,
             draws=spec.draws,
             casts_weight=forward.weight is not None,
-            only_weight=spec == OpSpec(forward=Forward(weight=forward.weight)),
+            only_weight=spec.only_weight,
             counts_output=not forward.asked,
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
             weight_entering=(steps(None, None, None), steps(None, grad_weight.error, grad_weight.output)),
