@@ -1,4 +1,4 @@
-"""The ops of a model, as the command ``sites`` shows them: a checkpoint, a configuration, or a small model of a family."""
+"""The ops of a model as the command ``sites`` shows them: a checkpoint, a configuration, or a family made small."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from aqnsim._errors import ConfigError
 from aqnsim.aqn import AQN, layer_of
 from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
-from aqnsim.emulation.attention import PARTS
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation
 from aqnsim.emulation.discovery import Candidate, candidates, token_embedding
@@ -101,7 +100,7 @@ def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[
         noisy = aqn is not None and _takes_noise(c, aqn)
         if asked or noisy:
             _check_candidate(c)
-            args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal)
+            args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal, c.attends)
             found.append(Site(c.name, c.kind, c.role, rules, specs, *args))
     _check_rules(model, profile, found)
     if aqn is not None:
@@ -182,8 +181,9 @@ def _attach(emulation: Emulation, planned: list[Site]) -> None:
 
 
 def _key_of(site: Site) -> str:
-    is_expert = site.ordinal is None and site.weight not in (None, "weight")
-    return str(site.weight) if is_expert else site.kind
+    """Which op of its module a site is, for a mixture's experts and for the parts of an attention."""
+    is_expert = site.ordinal is None and st.is_experts(site.module)
+    return site.name.rpartition(".")[2] if is_expert else site.kind
 
 
 def _recomputed(model: nn.Module) -> list[nn.Module]:
@@ -195,7 +195,7 @@ def _attach_module(emulation: Emulation, module: nn.Module, bindings: dict[str, 
     """Swap the class of a module that is an op as a whole."""
     cls, kind = type(module), next(iter(bindings.values())).site.kind
     attributes: dict[str, Any] = {"aqnsim_binding": next(iter(bindings.values()))}
-    if "gate_up_proj" in module._parameters:
+    if st.is_experts(module):
         mixin: type = em.EmulatedExperts
         attributes = {"aqnsim_bindings": bindings}
     elif kind == "linear":
@@ -214,8 +214,8 @@ def _attach_functions(emulation: Emulation, module: nn.Module, bindings: dict[in
     assert copy is not None
     table = {}
     for ordinal, parts in bindings.items():
-        kind = "attention" if parts.keys() & set(PARTS) else next(iter(parts))
-        table[ordinal] = emulated(kind, parts)
+        site = next(iter(parts.values())).site
+        table[ordinal] = emulated("attention" if site.attends else site.kind, parts)
     functions = Functions(emulation, table)
     emulation.swap(module, em.rewritten_class(type(module), copy), {FUNCTIONS: functions})
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from aqnsim._errors import ConfigError, RealisationError
 from aqnsim.emulation import sites as st
-from aqnsim.emulation.attention import PARTS
 from aqnsim.emulation.audit import Audit, Key, Work
 from aqnsim.emulation.discovery import Candidate, Structure, example_of, recording, run_example
 from aqnsim.emulation.functional import kind_of
@@ -228,7 +227,7 @@ def _emulated(emulation: Emulation, kwargs: Mapping[str, Any]) -> tuple[Audit, t
 
 
 def _key(c: Candidate | Site) -> Key:
-    if c.kind in PARTS:
+    if c.attends:
         return Key(c.module, c.ordinal, c.kind)
     return Key(c.module, c.ordinal, c.weight or "" if c.ordinal is None and st.is_experts(c.module) else "")
 

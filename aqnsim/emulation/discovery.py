@@ -23,7 +23,7 @@ class Candidate:
     """An op of the model, before any rule is asked.
 
     Attributes:
-        name, kind, role, module, weight, weight_axis, ordinal: as in :class:`Site`.
+        name, kind, role, module, weight, weight_axis, ordinal, attends: as in :class:`Site`.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Candidate:
     weight: str | None = None
     weight_axis: int = -1
     ordinal: int | None = None
+    attends: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _of_module(name: str, kind: str, module: nn.Module, routers: set[str]) -> li
     """The ops of a module that is an op as a whole, or a mixture's experts."""
     if kind == "experts":
         parts = [Candidate(f"{name}.{w}", "linear", w, module, w) for w in ("gate_up_proj", "down_proj")]
-        return [*parts, Candidate(f"{name}.multiply", "multiply", "multiply", module)]
+        between = (("multiply", "multiply"), ("weigh", "multiply"), ("combine", "add"))
+        return [*parts, *(Candidate(f"{name}.{op}", kind, op, module) for op, kind in between)]
     axis = -2 if kind == "linear" and not isinstance(module, nn.Linear) else -1
     weight = "weight" if isinstance(module._parameters.get("weight"), nn.Parameter) else None
     return [Candidate(name, kind, st.role_of(name, kind, routers), module, weight, axis)]
@@ -125,9 +127,8 @@ def _of_recorder(name: str, module: nn.Module, recorder: Recorder, routers: set[
             if kind == "linear":
                 weight = f.operation.target or None
                 own = name if weight == "weight" else f"{name}.{weight or kind}{'' if weight else suffix}"
-            found.append(
-                Candidate(own, kind, st.role_of(own, kind, routers), module, weight, ordinal=f.operation.ordinal)
-            )
+            role, ordinal = st.role_of(own, kind, routers), f.operation.ordinal
+            found.append(Candidate(own, kind, role, module, weight, ordinal=ordinal, attends=f.kind == "attention"))
     return found
 
 
