@@ -30,6 +30,11 @@ class Attention:
     """One attention's ops. Where none of scores, softmax and values is emulated, the model's own function runs."""
 
     parts: dict[str, Binding]
+    kind = "attention"
+
+    @property
+    def acts(self) -> bool:
+        return any(self._acts(part) for part in PARTS)
 
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(args[0], nn.Module):
@@ -107,9 +112,7 @@ class Attention:
         key_rows = emulation.cached_rows(key) if draws else None
         score_rows = emulation.score_rows(query) if draws else None
         scores = self._product("qk", query, key, True, score_rows, key_rows, query_rows) * scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        weights = self._softmax(scores, _additive(mask, scores, causal), score_rows).to(value.dtype)
+        weights = self._softmax(scores, _additive(mask, scores, causal), softcap, score_rows).to(value.dtype)
         weights = torch.dropout(weights, dropout, True) if dropout else weights
         return self._product("pv", weights, value, False, query_rows, key_rows, score_rows).to(value.dtype), weights
 
@@ -127,12 +130,16 @@ class Attention:
             return (a @ (b.mT if transposed else b)).float()
         return self.parts[part].matmul(a, b, transposed, torch.float32, rows, other_rows, operand_rows)
 
-    def _softmax(self, scores: Tensor, mask: Tensor | None, rows: Tensor | None) -> Tensor:
-        if not self._acts("softmax"):
-            return torch.softmax(scores if mask is None else scores + mask, -1)
-        b = self.parts["softmax"]
-        entered = b.enter(scores, 0, rows)
-        weights = b.leave(torch.softmax(entered if mask is None else entered + mask, -1), torch.float32, 0, rows)
+    def _softmax(self, scores: Tensor, mask: Tensor | None, softcap: float | None, rows: Tensor | None) -> Tensor:
+        """The softmax, with the cap of its scores and the mask, which are part of it."""
+        b = self.parts["softmax"] if self._acts("softmax") else None
+        entered = scores if b is None else b.enter(scores, 0, rows)
+        if softcap is not None:
+            entered = torch.tanh(entered / softcap) * softcap
+        weights = torch.softmax(entered if mask is None else entered + mask, -1)
+        if b is None:
+            return weights
+        weights = b.leave(weights, torch.float32, 0, rows)
         if mask is None:
             return weights
         return weights.masked_fill(mask <= torch.finfo(torch.float32).min / 2, 0.0)  # masked scores are not computed

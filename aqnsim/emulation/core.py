@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
 from aqnsim.report import Report
 from aqnsim.rng import MAX_SEQUENCE_BITS, check_step, clock, key_of
+
+if TYPE_CHECKING:
+    from aqnsim.emulation.coverage import Coverage
 
 _CALLS = STATS.index("calls")
 _CHANGED = STATS.index("changed")
@@ -67,6 +71,25 @@ def _digest(t: Tensor) -> int:
 
 
 @dataclass(frozen=True)
+class _Swap:
+    """A module that took on an emulated class, and the attributes that came with it."""
+
+    module: nn.Module
+    original: type[nn.Module]
+    emulated: type[nn.Module]
+    attributes: Mapping[str, Any]
+
+    def do(self) -> None:
+        self.module.__dict__.update(self.attributes)
+        self.module.__class__ = self.emulated
+
+    def undo(self) -> None:
+        self.module.__class__ = self.original
+        for name in self.attributes:
+            del self.module.__dict__[name]
+
+
+@dataclass(frozen=True)
 class Moment:
     """Where a forward is: what its ops, and their recomputation, take their noise and receipts from."""
 
@@ -82,6 +105,7 @@ class Emulation:
     Attributes:
         model, profile, seed, aqn, run: as given.
         sites: every emulated site.
+        example: keyword arguments of a forward that shows which ops there are; None for a few tokens.
         step, total_steps: as :meth:`begin_step` set them; None before.
         clock: run, phase and step, as ops take them; see :func:`aqnsim.rng.clock`.
     """
@@ -97,6 +121,8 @@ class Emulation:
         self._phase = "train"
         self._rows: Rows | Tensor | None = None
         self._sequences: Tensor | None = None
+        self.example: Mapping[str, Any] | None = None
+        self._swaps: list[_Swap] = []
         self._undo: list[Callable[[], None]] = []
         self._masters: list[_Frozen] = []
         self._sigmas: set[float] = set()  # every sigma that a step asked for
@@ -378,6 +404,34 @@ class Emulation:
         self.sites.append(site)
         return Binding(self, site)
 
+    def swap(self, module: nn.Module, cls: type[nn.Module], attributes: Mapping[str, Any]) -> None:
+        """Give a module an emulated class and what it needs, until the emulation is restored."""
+        self._swaps.append(_Swap(module, type(module), cls, attributes))
+        self._swaps[-1].do()
+
+    @contextmanager
+    def detached(self) -> Iterator[nn.Module]:
+        """Run a block on the model as it was before: its own classes and weights."""
+        with self.off(), self.at(Moment(self._phase, self.clock, self._rows, is_off=True)):
+            for swap in reversed(self._swaps):
+                swap.undo()
+            try:
+                yield self.model
+            finally:
+                for swap in self._swaps:
+                    swap.do()
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """Which ops a forward runs, and which of them are emulated; found when first asked for.
+
+        Raises:
+            RealisationError: an op that a rule matches runs as torch makes it.
+        """
+        from aqnsim.emulation.coverage import coverage_of  # which attaches emulations itself
+
+        return coverage_of(self)
+
     def on_restore(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
 
@@ -411,6 +465,8 @@ class Emulation:
         if not keep_weights:
             self._hold(masters=True)
         self._masters.clear()
+        while self._swaps:
+            self._swaps.pop().undo()
         while self._undo:
             self._undo.pop()()
 

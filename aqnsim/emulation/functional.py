@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,17 @@ from aqnsim.emulation.rewriting import OPERATORS, TORCH, Operation
 _OPERANDS = {"add": (0, 1), "multiply": (0, 1), "rope": (0, 1)}
 """Which arguments are operands; of other kinds the first."""
 
-Emulated = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+class Emulated(Protocol):
+    """An operation that is emulated: called with what the forward calls, and the arguments."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def acts(self) -> bool: ...
+
+    def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
 def kind_of(operation: Operation, function: Any, args: tuple[Any, ...]) -> str | None:
@@ -86,6 +96,11 @@ class Functions:
             return function(*args, **kwargs)
         return op(function, args, kwargs)
 
+    def acting_kind(self, ordinal: int) -> str | None:
+        """The kind of an operation that is emulated now; None where it is not."""
+        op = self.ops.get(ordinal)
+        return op.kind if op is not None and op.acts else None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Functions:
         return self
 
@@ -103,8 +118,16 @@ class _Op:
     run: Callable[..., Any]
     binding: Binding
 
+    @property
+    def kind(self) -> str:
+        return self.binding.site.kind
+
+    @property
+    def acts(self) -> bool:
+        return self.binding.acts
+
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.binding.acts:
+        if not self.acts:
             return function(*args, **kwargs)
         return self.run(self.binding, function, args, kwargs)
 

@@ -107,7 +107,11 @@ class EmulatedEmbedding:
 
 
 class EmulatedExperts:
-    """Mixed into a mixture's experts: each token's products run as the sites of their parameters say."""
+    """Mixed into a mixture's experts: each token's products run as the sites of their parameters say.
+
+    The other sites: ``multiply`` of gate and up, ``weigh`` by the router's weights, ``combine``, the sum over a token's
+    experts.
+    """
 
     aqnsim_bindings: dict[str, Binding]
     gate_up_proj: nn.Parameter
@@ -120,32 +124,43 @@ class EmulatedExperts:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
         emulation = next(iter(sites.values())).emulation
         tokens = emulation.rows_of(hidden_states)
-        result = torch.zeros_like(hidden_states)
+        dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+        results = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=dtype)
         for expert in top_k_index.unique().tolist():
             if expert >= self.gate_up_proj.shape[0]:
                 continue  # a token that another rank's expert serves
             token, choice = torch.where(top_k_index == expert)
             with emulation.at_rows(None if tokens is None else tokens[token]):
                 y = self._expert(expert, hidden_states[token])
-            y = y * top_k_weights[token, choice, None]
-            result.index_add_(0, token, y.to(result.dtype))
-        return result
+                results[token, choice] = self._multiply("weigh", expert, y, top_k_weights[token, choice, None])
+        return self._combine(results).to(hidden_states.dtype)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         gate, up = self._product("gate_up_proj", expert, x).chunk(2, -1)
-        y = self.act_fn(gate)
-        multiply = self.aqnsim_bindings.get("multiply")
-        if multiply is None or not multiply.acts:
-            return self._product("down_proj", expert, y * up)
-        rows = multiply.rows(y)
-        y = multiply.leave(multiply.enter(y, 0, rows) * multiply.enter(up, 1, rows), up.dtype, 0, rows)
-        return self._product("down_proj", expert, y)
+        return self._product("down_proj", expert, self._multiply("multiply", expert, self.act_fn(gate), up))
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         weight, site = getattr(self, name)[expert], self.aqnsim_bindings.get(name)
         if site is None or not site.acts:
             return nn.functional.linear(x, weight)
-        return site.linear(*_autocast(x, weight, None), stream=expert + 1)
+        return site.linear(*_autocast(x, weight, None), part=expert + 1)
+
+    def _multiply(self, name: str, expert: int, a: Tensor, b: Tensor) -> Tensor:
+        site = self.aqnsim_bindings.get(name)
+        if site is None or not site.acts:
+            return a * b
+        rows, part = site.rows(a), expert + 1
+        y = site.enter(a, 0, rows, part) * site.enter(b, 1, rows, part)
+        return site.leave(y, torch.promote_types(a.dtype, b.dtype), 0, rows, part)
+
+    def _combine(self, results: Tensor) -> Tensor:
+        """The sum of ``[tokens, choices, width]`` over a token's choices."""
+        site = self.aqnsim_bindings.get("combine")
+        if site is None or not site.acts:
+            return results.sum(1)
+        rows = site.rows(results[:, 0])
+        entered = [site.enter(y, i, rows) for i, y in enumerate(results.unbind(1))]
+        return site.leave(torch.stack(entered).sum(0), results.dtype, 0, rows)
 
 
 class Recomputed:

@@ -56,7 +56,9 @@ TORCH: dict[Any, str] = {
     torch.relu: "activation",
     F.scaled_dot_product_attention: "attention",
     torch.add: "add",
+    torch.sub: "add",
     torch.mul: "multiply",
+    torch.div: "multiply",
 }
 """Functions of torch by the kind of op that they are."""
 
@@ -70,16 +72,27 @@ METHODS = {
     "tanh": torch.tanh,
     "relu": torch.relu,
     "add": torch.add,
+    "sub": torch.sub,
     "mul": torch.mul,
+    "div": torch.div,
 }
 """Methods of a tensor that are such functions."""
 
 _OPERATORS: dict[type[ast.operator], tuple[Callable[..., Any], str]] = {
     ast.Add: (operator.add, "add"),
+    ast.Sub: (operator.sub, "add"),
     ast.Mult: (operator.mul, "multiply"),
+    ast.Div: (operator.truediv, "multiply"),
     ast.MatMult: (operator.matmul, "matmul"),
 }
-OPERATORS = dict(_OPERATORS.values())
+_IN_PLACE: dict[type[ast.operator], Callable[..., Any]] = {
+    ast.Add: operator.iadd,
+    ast.Sub: operator.isub,
+    ast.Mult: operator.imul,
+    ast.Div: operator.itruediv,
+    ast.MatMult: operator.imatmul,
+}
+OPERATORS = {**dict(_OPERATORS.values()), operator.imatmul: "matmul"}
 """The operators' functions by the kind of op that they are."""
 
 
@@ -225,7 +238,7 @@ class _Rewriter(ast.NodeTransformer):
             or isinstance(node.value, ast.Constant)
         ):
             return node
-        function, kind = _OPERATORS[type(node.op)]
+        function, kind = _IN_PLACE[type(node.op)], _OPERATORS[type(node.op)][1]
         left = ast.Name(node.target.id, ast.Load())
         return ast.Assign(
             [node.target], self._through(kind, self._constant(function), [left, node.value], []), lineno=0
@@ -294,10 +307,6 @@ class _Rewriter(ast.NodeTransformer):
 
 
 _UNKNOWN = object()
-
-
-def _is_number(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant)
 
 
 def _hashable(value: Any) -> bool:

@@ -29,6 +29,7 @@ class Site:
         weight: name of the module's parameter that is the second operand; None where there is none.
         weight_axis: the axis of that parameter which the product sums over.
         ordinal: of an operation in the module's own forward; None for a module that is an op as a whole.
+        attends: whether the op is a part of an attention: one operation, with the same ordinal as the others.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Site:
     weight: str | None = None
     weight_axis: int = -1
     ordinal: int | None = None
+    attends: bool = False
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -245,7 +247,12 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 _ROLES = {
     "c_attn": "qkv_proj",
     "query_key_value": "qkv_proj",
+    "Wqkv": "qkv_proj",
     "c_fc": "up_proj",
+    "dense_h_to_4h": "up_proj",
+    "dense_4h_to_h": "down_proj",
+    "fc_in": "up_proj",
+    "fc_out": "down_proj",
     "fc1": "up_proj",
     "fc2": "down_proj",
     "w1": "gate_proj",
@@ -259,10 +266,10 @@ def role_of(name: str, kind: str, routers: set[str]) -> str:
     """What an op is in a transformer: the name's last part where it says so, the same word across families."""
     parts = name.split(".")
     last = parts[-1]
+    if name in routers or name.rpartition(".")[0] in routers:
+        return "router"
     if kind != "linear":
         return kind
-    if name in routers:
-        return "router"
     if last in ("c_proj", "dense", "out_proj"):  # the same name in attention and in the MLP
         return "down_proj" if any("mlp" in p for p in parts[:-1]) else "o_proj"
     return _ROLES.get(last, last)

@@ -217,6 +217,11 @@ class OpSpec:
         return not any(part.asked for _, part in self.parts)
 
     @property
+    def only_weight(self) -> bool:
+        """Whether the forward's cast of the second operand is all that is asked."""
+        return self == OpSpec(forward=Forward(weight=self.forward.weight)) and not self.is_empty
+
+    @property
     def has_error(self) -> bool:
         """Whether any of the three results misses."""
         return any(part.error for _, part in self.parts)
