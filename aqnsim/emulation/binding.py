@@ -82,7 +82,10 @@ class Binding:
     @property
     def acts(self) -> bool:
         """Whether the op is emulated now."""
-        return not self.emulation.is_off and not self.plan.is_empty
+        if self.emulation.is_off or self.plan.is_empty:
+            return False
+        self.emulation.check_moment()
+        return True
 
     @property
     def draws(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,7 @@ class Emulation:
         self.total_steps: int | None = None
         self.tracks_rows = False
         self.is_off = False
+        self.recomputes = False
         self.totals = torch.zeros(0, len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64)
         self._phase = "train"
         self._rows: Rows | Tensor | None = None
@@ -239,12 +240,35 @@ class Emulation:
         """
         if moment.is_off != self.is_off:
             raise ConfigError("a forward is recomputed after off() began or ended: do its backward before")
-        before = self.moment
+        before, was_recomputing = self.moment, self.recomputes
         self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        self.recomputes = True
         try:
             yield
         finally:
             self._phase, self.clock, self._rows = before.phase, before.clock, before.rows
+            self.recomputes = was_recomputing
+
+    def recompute_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the second run is at the first's moment.
+
+        Only for a checkpoint that you call, such as ``checkpoint(layer, x, use_reentrant=False,
+        context_fn=emu.recompute_context)``; layers under ``model.gradient_checkpointing_enable()`` know their moment.
+        """
+        return nullcontext(), self.at(self.moment)
+
+    def check_moment(self) -> None:
+        """Refuse a forward inside a backward that does not say whose it repeats: its noise could be another's.
+
+        Raises:
+            ConfigError: a checkpoint that the emulation does not know of.
+        """
+        if not self.recomputes and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise ConfigError(
+                "an emulated op is recomputed in a backward and cannot know the step, phase and sequences of its "
+                "forward: call checkpoint(..., use_reentrant=False, context_fn=emulation.recompute_context), or "
+                "model.gradient_checkpointing_enable()"
+            )
 
     # ---- receipts --------------------------------------------------------------------------------------------------
 
