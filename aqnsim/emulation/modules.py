@@ -152,13 +152,14 @@ class Recomputed:
     """Mixed into a layer that gradient checkpointing may run again in the backward: it carries its moment along.
 
     transformers wraps ``__call__`` of such layers and keeps their keyword arguments for the second run, so the moment
-    is one of them.
+    is one of them. torch.compile puts both runs into one graph, where nothing can come between them.
     """
 
     aqnsim_emulation: Emulation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.gradient_checkpointing and self.training:  # type: ignore[attr-defined]
+        recomputes = self.gradient_checkpointing and self.training  # type: ignore[attr-defined]
+        if recomputes and not torch.compiler.is_compiling():
             kwargs["aqnsim_moment"] = self.aqnsim_emulation.moment
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
