@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError, RealisationError, unknown
 from aqnsim.aqn import AQN
+from aqnsim.emulation import checkpoint
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
@@ -49,13 +52,15 @@ class _Frozen:
     master: Tensor
     value: Tensor
     digest: int
+    cast: Callable[[], Tensor]
 
     def check(self) -> None:
         """Refuse to put the master back over something that was written since."""
         if _digest(self.weight.data) != self.digest:
             raise ConfigError(
                 f"the frozen weight of {self.site!r} was changed since the profile was attached (a merged adapter, a "
-                "loaded state dict?): going back to the clean weight would lose that; unmerge or reload first"
+                "loaded state dict?): going back to the clean weight would lose that; restore(keep_weights=True) keeps "
+                "what is there, refresh_weights() writes cast(W) again, as after unmerging"
             )
 
 
@@ -160,6 +165,7 @@ class Emulation:
         if self.is_off:
             yield self
             return
+        self._check_frozen()
         self.is_off = True
         self._hold(masters=True)
         try:
@@ -320,6 +326,41 @@ class Emulation:
         self.totals.copy_(state["totals"])
         self._sigmas = set(state["sigmas"].tolist())
 
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        frozen: Literal["master", "cast"],
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as transformers does, and beside it ``aqnsim.json``: under which profile it was run.
+
+        Args:
+            path: the checkpoint's folder.
+            frozen: what frozen weights are saved as: ``master``, what they were before the profile was attached, or
+                ``cast``, what they hold: cast(W), and cast(W) + BA after merging an adapter. A weight that trains is
+                saved as its master.
+            model: what to save in place of the emulated model, such as what ``merge_and_unload()`` returned.
+            kwargs: for the model's own ``save_pretrained``.
+
+        Raises:
+            ConfigError: ``frozen`` is neither; masters of weights that were changed since.
+        """
+        checkpoint.save(self, model or self.model, Path(path), frozen, kwargs)
+
+    def check_checkpoint(self, path: str | Path, *, other_profile: bool = False) -> None:
+        """Refuse a checkpoint of another profile than this emulation's.
+
+        Args:
+            path: a folder that :meth:`save_pretrained` wrote, from which the model was loaded.
+            other_profile: accept another profile: the model shall run on other hardware than it was trained on.
+
+        Raises:
+            ConfigError: no record; another profile; frozen weights saved as cast(W) that a second cast changed.
+        """
+        checkpoint.check(self, Path(path), other_profile)
+
     def report(self) -> str:
         """The receipts as a table, requested beside realised."""
         head = f"profile {self.profile.name} ({self.profile.fingerprint}), {len(self.sites)} sites, seed {self.seed}"
@@ -406,16 +447,39 @@ class Emulation:
         """Write cast(W) into a frozen weight, once, and keep the master."""
         fmt = site.spec.forward.weight
         master = weight.data
-        key = key_of(self.seed, site.name, "weight")
-        value, stats = torch.ops.aqnsim.cast(master, fmt, site.weight_axis, key, self.clock, None, True)
+        cast = partial(
+            torch.ops.aqnsim.cast,
+            master,
+            fmt,
+            site.weight_axis,
+            key_of(self.seed, site.name, "weight"),
+            self.clock,
+            None,
+        )
+        value, stats = cast(True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
-        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value)))
+        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value), lambda: cast(False)[0]))
+
+    def _check_frozen(self) -> None:
+        for frozen in self._masters:
+            frozen.check()
+
+    def refresh_weights(self) -> None:
+        """Write cast(W) into every frozen weight again, over whatever was written there since.
+
+        After an adapter was unmerged: adding and taking off its product leaves rounding errors in cast(W).
+        """
+        for frozen in self._masters:
+            frozen.value.copy_(frozen.cast())  # a merge adds in place, to this tensor
+        self._hold(masters=self.is_off)
+
+    @property
+    def recast(self) -> list[str]:
+        """Sites whose frozen weight was no value of its format: the cast at the attach changed it."""
+        return [f.site for f in self._masters if _digest(f.master) != f.digest]
 
     def _hold(self, masters: bool) -> None:
-        if masters:
-            for frozen in self._masters:
-                frozen.check()
         for frozen in self._masters:
             held = frozen.master if masters else frozen.value
             frozen.weight.data = held.to(frozen.weight.device)  # the model may have moved since
@@ -430,6 +494,7 @@ class Emulation:
             ConfigError: a frozen weight was changed since the profile was attached, and is not to be kept.
         """
         if not keep_weights:
+            self._check_frozen()
             self._hold(masters=True)
         self._masters.clear()
         while self._undo:
