@@ -177,7 +177,7 @@ def _attach(emulation: Emulation, planned: list[Site]) -> None:
         if bindings:
             _attach_functions(emulation, module, bindings)  # type: ignore[arg-type]
     for module in _recomputed(emulation.model) if planned else ():
-        emulation.swap(module, em.emulated_class(em.Recomputed, type(module)), {"aqnsim_emulation": emulation})
+        emulation.swap(module, em.recomputed_class(type(module)), {"aqnsim_emulation": emulation})
 
 
 def _key_of(site: Site) -> str:

@@ -65,6 +65,8 @@ class Binding:
         self.materialised = False
         self._keys: dict[tuple[int, int], list[int]] = {}
         self.keys = self.keys_of()
+        for operand in (1, 2):  # now, as a compiled forward can look keys up but not hash
+            self.keys_of(operand)
         self._plans = {phase: _Plan.of(spec) for phase, spec in site.specs.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
@@ -85,7 +87,10 @@ class Binding:
     @property
     def acts(self) -> bool:
         """Whether the op is emulated now."""
-        return not self.emulation.is_off and not self.plan.is_empty
+        if self.emulation.is_off or self.plan.is_empty:
+            return False
+        self.emulation.check_moment()
+        return True
 
     @property
     def draws(self) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError, RealisationError, unknown
 from aqnsim.aqn import AQN
+from aqnsim.emulation import checkpoint
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
@@ -54,13 +56,15 @@ class _Frozen:
     master: Tensor
     value: Tensor
     digest: int
+    cast: Callable[[], Tensor]
 
     def check(self) -> None:
         """Refuse to put the master back over something that was written since."""
         if _digest(self.weight.data) != self.digest:
             raise ConfigError(
                 f"the frozen weight of {self.site!r} was changed since the profile was attached (a merged adapter, a "
-                "loaded state dict?): going back to the clean weight would lose that; unmerge or reload first"
+                "loaded state dict?): going back to the clean weight would lose that; restore(keep_weights=True) keeps "
+                "what is there, refresh_weights() writes cast(W) again, as after unmerging"
             )
 
 
@@ -117,6 +121,7 @@ class Emulation:
         self.total_steps: int | None = None
         self.tracks_rows = False
         self.is_off = False
+        self.recomputes = False
         self.totals = torch.zeros(0, len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64)
         self._phase = "train"
         self._rows: Rows | Tensor | None = None
@@ -186,6 +191,7 @@ class Emulation:
         if self.is_off:
             yield self
             return
+        self._check_frozen()
         self.is_off = True
         self._hold(masters=True)
         try:
@@ -266,12 +272,35 @@ class Emulation:
         """
         if moment.is_off != self.is_off:
             raise ConfigError("a forward is recomputed after off() began or ended: do its backward before")
-        before = self.moment
+        before, was_recomputing = self.moment, self.recomputes
         self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        self.recomputes = True
         try:
             yield
         finally:
             self._phase, self.clock, self._rows = before.phase, before.clock, before.rows
+            self.recomputes = was_recomputing
+
+    def recompute_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the second run is at the first's moment.
+
+        Only for a checkpoint that you call, such as ``checkpoint(layer, x, use_reentrant=False,
+        context_fn=emu.recompute_context)``; layers under ``model.gradient_checkpointing_enable()`` know their moment.
+        """
+        return nullcontext(), self.at(self.moment)
+
+    def check_moment(self) -> None:
+        """Refuse a forward inside a backward that does not say whose it repeats: its noise could be another's.
+
+        Raises:
+            ConfigError: a checkpoint that the emulation does not know of.
+        """
+        if not self.recomputes and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise ConfigError(
+                "an emulated op is recomputed in a backward and cannot know the step, phase and sequences of its "
+                "forward: call checkpoint(..., use_reentrant=False, context_fn=emulation.recompute_context), or "
+                "model.gradient_checkpointing_enable()"
+            )
 
     # ---- receipts --------------------------------------------------------------------------------------------------
 
@@ -322,6 +351,41 @@ class Emulation:
             )
         self.totals.copy_(state["totals"])
         self._sigmas = set(state["sigmas"].tolist())
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        frozen: Literal["master", "cast"],
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as transformers does, and beside it ``aqnsim.json``: under which profile it was run.
+
+        Args:
+            path: the checkpoint's folder.
+            frozen: what frozen weights are saved as: ``master``, what they were before the profile was attached, or
+                ``cast``, what they hold: cast(W), and cast(W) + BA after merging an adapter. A weight that trains is
+                saved as its master.
+            model: what to save in place of the emulated model, such as what ``merge_and_unload()`` returned.
+            kwargs: for the model's own ``save_pretrained``.
+
+        Raises:
+            ConfigError: ``frozen`` is neither; masters of weights that were changed since.
+        """
+        checkpoint.save(self, model or self.model, Path(path), frozen, kwargs)
+
+    def check_checkpoint(self, path: str | Path, *, other_profile: bool = False) -> None:
+        """Refuse a checkpoint of another profile than this emulation's.
+
+        Args:
+            path: a folder that :meth:`save_pretrained` wrote, from which the model was loaded.
+            other_profile: accept another profile: the model shall run on other hardware than it was trained on.
+
+        Raises:
+            ConfigError: no record; another profile; frozen weights saved as cast(W) that a second cast changed.
+        """
+        checkpoint.check(self, Path(path), other_profile)
 
     def report(self, since: ReceiptTotals | None = None) -> Report:
         """The receipts, requested beside realised: printed it is a table; see :class:`aqnsim.report.Report`."""
@@ -439,16 +503,39 @@ class Emulation:
         """Write cast(W) into a frozen weight, once, and keep the master."""
         fmt = site.spec.forward.weight
         master = weight.data
-        key = key_of(self.seed, site.name, "weight")
-        value, stats = torch.ops.aqnsim.cast(master, fmt, site.weight_axis, key, self.clock, None, True)
+        cast = partial(
+            torch.ops.aqnsim.cast,
+            master,
+            fmt,
+            site.weight_axis,
+            key_of(self.seed, site.name, "weight"),
+            self.clock,
+            None,
+        )
+        value, stats = cast(True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
-        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value)))
+        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value), lambda: cast(False)[0]))
+
+    def _check_frozen(self) -> None:
+        for frozen in self._masters:
+            frozen.check()
+
+    def refresh_weights(self) -> None:
+        """Write cast(W) into every frozen weight again, over whatever was written there since.
+
+        After an adapter was unmerged: adding and taking off its product leaves rounding errors in cast(W).
+        """
+        for frozen in self._masters:
+            frozen.value.copy_(frozen.cast())  # a merge adds in place, to this tensor
+        self._hold(masters=self.is_off)
+
+    @property
+    def recast(self) -> list[str]:
+        """Sites whose frozen weight was no value of its format: the cast at the attach changed it."""
+        return [f.site for f in self._masters if _digest(f.master) != f.digest]
 
     def _hold(self, masters: bool) -> None:
-        if masters:
-            for frozen in self._masters:
-                frozen.check()
         for frozen in self._masters:
             held = frozen.master if masters else frozen.value
             frozen.weight.data = held.to(frozen.weight.device)  # the model may have moved since
@@ -463,6 +550,7 @@ class Emulation:
             ConfigError: a frozen weight was changed since the profile was attached, and is not to be kept.
         """
         if not keep_weights:
+            self._check_frozen()
             self._hold(masters=True)
         self._masters.clear()
         while self._swaps:
