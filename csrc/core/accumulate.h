@@ -88,25 +88,31 @@ AQN_HD double round_down(double x) {  // |x| < 2^51
   return near > x ? near - 1.0 : near;
 }
 
+AQN_HD double magnitude_of(double x) { return double_of(bits_of(x) & 0x7fffffffffffffffu); }
+
+// Without a branch, which would keep a loop from being vectorised.
+AQN_HD double kept(double x, bool dropped) { return double_of(bits_of(x) & (static_cast<uint64_t>(dropped) - 1)); }
+
 // A chunk's result as the unit's fp32: result_bits fraction bits, subnormals, infinite beyond the range.
 AQN_HD float result_of(double x, const Accumulator& k) {
   const double quantum = double_exp2_of(larger(exponent_of(x), -126) - k.result_bits);
   const double near = to_nearest(x, quantum);
-  const double over = x < 0 ? (near < x ? -quantum : 0.0) : (near > x ? quantum : 0.0);
-  const float y = static_cast<float>(k.nearest_result ? near : near - over);
-  return k.flush && abs_of(y) < 1.17549435e-38f ? 0.0f : y + 0.0f;
+  const bool beyond = magnitude_of(near) > magnitude_of(x);
+  const double step = double_of(bits_of(quantum) | (bits_of(x) & 0x8000000000000000u));
+  const float y = static_cast<float>(near - kept(step, k.nearest_result || !beyond));
+  return abs_of(y) < (k.flush ? 1.17549435e-38f : 0.0f) ? 0.0f : y + 0.0f;
 }
 
 // The products' sum, in units of 2^(largest - fraction_bits), and the running sum under the larger exponent.
 AQN_HD double with_running(double total, int largest, float running, const Accumulator& k) {
   const int own = running_exponent(running);
   const int common = larger(larger(largest, own), -126);
-  const double fine = double_exp2_of(kFineBits);
-  const double products = round_down(total * double_exp2_of(larger(largest - common, -600) + kFineBits));
+  const double products = round_down(total * double_exp2_of(largest - common + kFineBits));
   const double before = round_down(static_cast<double>(running) * double_exp2_of(k.fraction_bits - common));
   // even-odd: far below, a negative sum is dropped, not rounded down to the last unit
-  const bool far = k.order == Order::kEvenOdd && own < common - 25;
-  return (products + (far ? 0.0 : before * fine)) * double_exp2_of(common - k.fraction_bits - kFineBits);
+  const bool far = own < common - (k.order == Order::kEvenOdd ? 25 : -2 * kNoExponent);
+  const double sum = products + kept(before, far) * double_exp2_of(kFineBits);
+  return sum * double_exp2_of(common - k.fraction_bits - kFineBits);
 }
 
 }  // namespace aqn
