@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import families
 import numerics
 
 from aqnsim import errors
@@ -22,7 +23,7 @@ from aqnsim.cli.output import Table
 from aqnsim.cli.tables import backend_table, format_table, profile_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/semantics.md")
+PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md")
 
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -38,6 +39,8 @@ def error_table() -> Table:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "backends": backend_table,
+    "coverage": families.coverage_table,
+    "coverage-kinds": families.kind_table,
     "confirmations": numerics.confirmation_table,
     "errors": error_table,
     "exhaustive": numerics.exhaustive_table,

@@ -81,7 +81,7 @@ def test_the_flops_are_those_of_torch_s_own_counter(model: nn.Module) -> None:
 
 
 def test_a_profile_of_all_kinds_emulates_every_op_and_every_flop(model: nn.Module) -> None:
-    coverage = survey(model, everything(model, "bf16"))
+    coverage = survey(model, everything("bf16"))
     assert {op.status for op in coverage.ops} <= {"emulated", "constant"}
     assert coverage.emulated_share == 1.0
     assert sum(op.flops for op in coverage.of_status("constant")) == 0
@@ -91,7 +91,7 @@ def test_torch_multiplies_no_matrices_beside_an_emulation_of_everything(model: n
     ids = tokens(1, 5)
     with torch.no_grad(), Products() as plain:
         model(input_ids=ids)
-    with aqnsim.emulate(model, everything(model, "bf16")) as emu, torch.no_grad():
+    with aqnsim.emulate(model, everything("bf16")) as emu, torch.no_grad():
         model(input_ids=ids, labels=ids)
         with Products() as emulated:
             model(input_ids=ids)
@@ -103,7 +103,7 @@ def test_torch_multiplies_no_matrices_beside_an_emulation_of_everything(model: n
 
 def test_an_emulation_in_a_wide_format_computes_what_the_model_does(model: nn.Module) -> None:
     logits, grads = run(model)
-    with aqnsim.emulate(model, everything(model, NEAR)) as emu:
+    with aqnsim.emulate(model, everything(NEAR)) as emu:
         near, near_grads = run(model)
         with emu.off():
             off, off_grads = run(model)
@@ -120,7 +120,7 @@ def test_restoring_gives_classes_and_bits_back(model: nn.Module) -> None:
     classes = [type(m) for m in model.modules()]
     attributes = [set(m.__dict__) for m in model.modules()]
     logits, grads = run(model)
-    emu = aqnsim.emulate(model, everything(model, "bf16"))
+    emu = aqnsim.emulate(model, everything("bf16"))
     assert emu.coverage.emulated_share == 1.0
     emulated, _ = run(model)
     emu.restore()
@@ -141,10 +141,10 @@ def test_experts_compute_what_the_model_s_own_do_whichever_way_they_run(name: st
     model = family(name)
     model.set_experts_implementation(implementation)
     logits, grads = run(model)
-    coverage = survey(model, everything(model, NEAR))
+    coverage = survey(model, everything(NEAR))
     assert coverage.uncovered == ()
     assert coverage.emulated_share == 1.0
-    with aqnsim.emulate(model, everything(model, NEAR)):
+    with aqnsim.emulate(model, everything(NEAR)):
         near, near_grads = run(model)
     torch.testing.assert_close(near, logits, rtol=1e-4, atol=1e-5 * float(logits.abs().max()))
     for key, grad in grads.items():
@@ -251,7 +251,7 @@ def test_an_elementwise_op_that_does_not_act_is_an_error(part: str, monkeypatch:
     monkeypatch.setattr(Binding, "leave", lame)
     monkeypatch.setattr(Binding, "enter", lambda self, x, *_: x.float())
     with pytest.raises(RealisationError, match=part):
-        survey(llama(), everything(llama(), "bf16"))
+        survey(llama(), everything("bf16"))
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------

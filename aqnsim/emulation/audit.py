@@ -222,8 +222,7 @@ class Audit(TorchDispatchMode):
         a, b = args[:2]
         outputs = b.shape[0] if name == "aqnsim::linear" else a.shape[-2] if name == "bmm" else b.shape[-1]
         inputs = a.shape[-1]
-        weights = {n: scope.module.get_parameter(n) for n in ("gate_up_proj", "down_proj")}
-        sizes = {n: tuple(w.shape[1:]) for n, w in weights.items()}
+        sizes = {n: tuple(scope.module.get_parameter(n).shape[1:]) for n in ("gate_up_proj", "down_proj")}
         return next((n for n, size in sizes.items() if size == (outputs, inputs)), "")
 
     def _elementwise(self, name: str, tensors: list[Tensor], results: list[Tensor], entered: bool) -> None:

@@ -155,10 +155,12 @@ def example_of(model: nn.Module, example: Mapping[str, Any] | None, batch: int =
     """The keyword arguments of a forward: those given, or a few tokens with their loss.
 
     Raises:
-        ConfigError: the model has no token embeddings, and no example is given.
+        ConfigError: the model has no token embeddings, and no example is given; no tokens are asked for.
     """
     if example is not None:
         return dict(example)
+    if batch < 1 or length < 1:
+        raise ConfigError(f"expected at least one row of one token, got batch {batch}, length {length}")
     embedding = token_embedding(model)
     if embedding is None:
         raise ConfigError(
