@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aqnsim import functions
 from aqnsim._errors import ConfigError
 from aqnsim.emulation.binding import Binding
 
@@ -136,9 +137,11 @@ class Attention:
         entered = scores if b is None else b.enter(scores, 0, rows)
         if softcap is not None:
             entered = torch.tanh(entered / softcap) * softcap
-        weights = torch.softmax(entered if mask is None else entered + mask, -1)
+        masked = entered if mask is None else entered + mask
         if b is None:
-            return weights
+            return torch.softmax(masked, -1)
+        tables = b.plan.approximation
+        weights = functions.softmax(masked, -1, tables) if tables else torch.softmax(masked, -1)
         weights = b.leave(weights, torch.float32, 0, rows)
         if mask is None:
             return weights

@@ -37,7 +37,6 @@ _DIRECTIONS = (  # a direction of the OpSpec, the prefix of its streams, and for
     ("grad_weight", "grad-weight", {".input": "input", ".grad": "grad", "": "error", "-cast": "output"}),
 )
 _FIELDS = {prefix + s: (part, name) for part, prefix, streams in _DIRECTIONS for s, name in streams.items()}
-_ERRORS = ("output", "grad-input", "grad-weight", "aqn")
 
 
 @dataclass(frozen=True)
@@ -450,14 +449,18 @@ class Emulation:
                 )
 
     def _is_error(self, site: Site, stream: str) -> bool:
-        return stream in _ERRORS and any(self._requested(site, stream, phase) != "-" for phase in site.specs)
+        if stream == "aqn":
+            return True
+        part, name = _FIELDS[stream]
+        return name == "error" and any(getattr(spec, part).error for spec in site.specs.values())
 
     def _requested(self, site: Site, stream: str, phase: str) -> str:
         if stream == "aqn":
             return "absolute-gaussian(schedule)"
         part, name = _FIELDS[stream]
-        spec = site.specs["train" if phase == "attach" else phase]
-        return getattr(getattr(spec, part), name) or "-"
+        asked = getattr(site.specs["train" if phase == "attach" else phase], part)
+        names = ("accumulator", "approximation", "error") if name == "error" else (name,)
+        return ", ".join(text for text in (getattr(asked, n, None) for n in names) if text) or "-"
 
     def _rule_text(self, site: Site) -> str:
         return f"rule {site.rule + 1} of {self.profile.name!r}" if site.rule is not None else "AQN"

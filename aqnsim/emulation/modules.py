@@ -5,12 +5,14 @@ Attaching swaps ``module.__class__``: parameters, state-dict keys, hooks and PEF
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aqnsim._errors import ConfigError
+from aqnsim.emulation import approximate
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation, Moment
 from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
@@ -94,7 +96,8 @@ class EmulatedNorm(Emulated):
             weight = None if weight is None else site.enter_weight(weight)  # type: ignore[assignment]
         if sigma:
             weight = _noisy(site, weight, sigma)  # type: ignore[arg-type, assignment]
-        y = self.aqnsim_norm(x, weight, bias)
+        tables = site.plan.approximation if site.acts else ""
+        y = approximate.norm(self.aqnsim_norm, x, weight, bias, tables) if tables else self.aqnsim_norm(x, weight, bias)
         return site.leave(y, hidden_states.dtype, 0, rows) if site.acts else y.to(hidden_states.dtype)
 
 
@@ -108,16 +111,22 @@ def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
 
 
 class EmulatedElementwise(Emulated):
-    """Mixed into an activation or an embedding: what it computes, in fp32, leaves as its site says."""
+    """Mixed into an activation: what it computes, in fp32, leaves as its site says.
+
+    Where it is computed from tables, ``aqnsim_tables`` has its function by the tables' text.
+    """
 
     aqnsim_binding: Binding
+    aqnsim_tables: dict[str, Callable[[Tensor], Tensor]]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(input, *args, **kwargs)  # type: ignore[misc]
         rows = site.rows(input)
-        y = super().forward(site.enter(input, 0, rows), *args, **kwargs)  # type: ignore[misc]
+        function = self.aqnsim_tables.get(site.plan.approximation)
+        entered = site.enter(input, 0, rows)
+        y = function(entered) if function else super().forward(entered, *args, **kwargs)  # type: ignore[misc]
         return site.leave(y, input.dtype, 0, rows)
 
 
