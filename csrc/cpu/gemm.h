@@ -2,6 +2,8 @@
 // by chunk of K over a block of rows, so that a chunk of b is split into significands and exponents once a block.
 #pragma once
 
+#include <memory>
+
 #include "../core/accumulate.h"
 #include "common.h"
 
