@@ -20,9 +20,9 @@ from aqnsim.emulation.coverage import Coverage, survey
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "gpt2", "olmo2"),
-    *("gpt_neox", "qwen3_moe", "qwen2_moe", "mixtral"),
+    *("gpt_neox", "bloom", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3"),
 )
-MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3")
 NEAR = "e8m22"  # one bit less than fp32
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "convolution", "_grouped_mm", "grouped_mm_fallback")
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from aqnsim.emulation.attention import PARTS
@@ -77,14 +78,52 @@ class _Scope:
     products: int = 0
 
 
+KindOf = Callable[[Any, int, Any, tuple[Any, ...], dict[str, Any]], str | None]
+"""The kind of op of a call: of a rewritten module's functions, an ordinal, what is called and its arguments."""
+
 Loose = tuple[nn.Module, str]
 """A module and a kind of op that ran in its forward, outside of any known op."""
 
 
-class Audit(TorchDispatchMode):
+class Activations(TorchDispatchMode):
+    """Follows what is computed from the inputs of a forward: activations, in contrast to tables that a model makes.
+
+    Args:
+        inputs: keyword arguments of the forward.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._known: Any = WeakTensorKeyDictionary()
+        self._mark(_tensors(inputs))
+
+    def enter(self, *values: Any) -> bool:
+        """Whether an activation is among some values, such as the arguments of a call."""
+        return any(t in self._known for t in _tensors(values))
+
+    def _mark(self, tensors: list[Tensor]) -> None:
+        for t in tensors:
+            self._known[t] = True
+            if t._base is not None:  # written through a view
+                self._known[t._base] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        entered = self.enter(args, kwargs)
+        if entered:
+            self._mark(_tensors(result))
+        self.ran(func._schema.name, args, kwargs or {}, result, entered)
+        return result
+
+    def ran(self, name: str, args: Any, kwargs: Any, result: Any, entered: bool) -> None:
+        """Note an op of torch; ``entered`` says whether an activation was among its operands."""
+
+
+class Audit(Activations):
     """Counts the ops of a forward.
 
     Args:
+        inputs: keyword arguments of the forward.
         kinds: of the modules that are an op as a whole; ``experts`` for those of a mixture.
 
     Attributes:
@@ -95,8 +134,8 @@ class Audit(TorchDispatchMode):
         other: calls of arithmetic outside any op for which there is no kind.
     """
 
-    def __init__(self, kinds: Mapping[nn.Module, str]) -> None:
-        super().__init__()
+    def __init__(self, inputs: Mapping[str, Any], kinds: Mapping[nn.Module, str]) -> None:
+        super().__init__(inputs)
         self.kinds = kinds
         self.work: dict[Key, Work] = {}
         self.emulated: dict[Key, Work] = {}
@@ -104,7 +143,6 @@ class Audit(TorchDispatchMode):
         self.constant: dict[Loose, Work] = {}
         self.other: dict[str, int] = {}
         self._scopes: list[_Scope] = []
-        self._activations: Any = WeakTensorKeyDictionary()
 
     # ---- scopes ------------------------------------------------------------------------------------------------------
 
@@ -112,19 +150,13 @@ class Audit(TorchDispatchMode):
     def listening(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
-        kind_of: Callable[[Any, int, Any, tuple[Any, ...]], str | None],
+        kind_of: KindOf,
     ) -> Iterator[None]:
         """Listen to every module, and to the operations of every rewritten one.
 
         Args:
-            inputs: of the forward: what is computed from them is an activation.
-            kind_of: the kind of op of a call, of a rewritten module's functions, an ordinal, what is called and its
-                arguments; None for no op.
+            kind_of: None for no op.
         """
-        for value in inputs.values():
-            if isinstance(value, Tensor):
-                self._activations[value] = True
         with ExitStack() as stack:
             for module in model.modules():
                 enter = module.register_forward_pre_hook(self._enter_module, with_kwargs=True, prepend=True)
@@ -149,7 +181,7 @@ class Audit(TorchDispatchMode):
         if kind is None:
             return
         if kind == "attention":
-            self._note_attention(Key(module, ordinal), [a for a in args if isinstance(a, Tensor)])
+            self._note_attention(Key(module, ordinal), _tensors(args))
             return
         shape = next((tuple(a.shape) for a in args if isinstance(a, Tensor)), ())
         work = self.work.setdefault(Key(module, ordinal), Work(shape=shape))
@@ -179,26 +211,13 @@ class Audit(TorchDispatchMode):
 
     # ---- ops ---------------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in _flat((args, kwargs or {})) if isinstance(t, Tensor)]
-        entered = any(t in self._activations for t in tensors)
-        results = [t for t in _flat(result) if isinstance(t, Tensor)]
-        if entered:
-            self._mark(results)
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
+    def ran(self, name: str, args: Any, kwargs: Any, result: Any, entered: bool) -> None:
+        name, results = name.removeprefix("aten::").rstrip("_"), _tensors(result)
         flops = flops_of(name, args, results)
         if flops:
             self._product(name, flops, args, results, entered)
         elif self._op() is None:
-            self._elementwise(name, tensors, results, entered)
-        return result
-
-    def _mark(self, tensors: list[Tensor]) -> None:
-        for t in tensors:
-            self._activations[t] = True
-            if t._base is not None:
-                self._activations[t._base] = True
+            self._elementwise(name, _tensors((args, kwargs)), results, entered)
 
     def _product(self, name: str, flops: list[int], args: Any, results: list[Tensor], entered: bool) -> None:
         scope, module = self._op(), self._scopes[-1].module
@@ -248,18 +267,11 @@ def _count(found: dict[Any, Work], key: Any, name: str, flops: int, results: lis
 
 def _joins(tensors: list[Tensor]) -> bool:
     """Whether two operands meet, rather than one being scaled or shifted by a number."""
-    operands = [t for t in tensors[:2] if t.is_floating_point() and t.numel() > 1]
-    return len(operands) == 2
+    return sum(t.is_floating_point() and t.numel() > 1 for t in tensors) > 1
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for v in value:
-            yield from _flat(v)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -269,10 +281,14 @@ class _Heard:
     audit: Audit
     module: nn.Module
     functions: Any
-    kind_of: Callable[[Any, int, Any, tuple[Any, ...]], str | None]
+    kind_of: KindOf
+
+    @property
+    def is_off(self) -> bool:
+        return bool(self.functions.is_off)
 
     def call(self, ordinal: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        kind = self.kind_of(self.functions, ordinal, function, args)
+        kind = self.kind_of(self.functions, ordinal, function, args, kwargs)
         result = None
         self.audit.begin(self.module, ordinal, kind, (*args, *kwargs.values()))
         try:

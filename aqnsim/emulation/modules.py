@@ -5,6 +5,7 @@ Attaching swaps ``module.__class__``: parameters, state-dict keys, hooks and PEF
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -199,5 +200,11 @@ def emulated_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def rewritten_class(cls: type[nn.Module], copy: Rewritten) -> type[nn.Module]:
-    """A module's class whose forward's operations go through :data:`FUNCTIONS`."""
-    return type(f"Emulated{cls.__name__}", (cls,), {"forward": copy.forward, FUNCTIONS: None})
+    """A module's class whose forward's operations go through :data:`FUNCTIONS`; its own forward runs when off."""
+
+    @functools.wraps(copy.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = cls.forward if self.aqnsim_functions.is_off else copy.forward
+        return run(self, *args, **kwargs)
+
+    return type(f"Emulated{cls.__name__}", (cls,), {"forward": forward, FUNCTIONS: None})

@@ -133,7 +133,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return bias.shape == weight.shape[1:] and _same(y, x @ weight + bias)
 
 
-def is_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
     """Whether a module holds the experts of a mixture as parameters ``[experts, outputs, inputs]``."""
     up, down = (module._parameters.get(n) for n in ("gate_up_proj", "down_proj"))
     if up is None or down is None or set(module._parameters) != {"gate_up_proj", "down_proj"}:
@@ -141,6 +141,25 @@ def is_experts(module: nn.Module) -> bool:
     if up.dim() != 3 or down.dim() != 3 or up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1]:
         return False
     return isinstance(getattr(module, "act_fn", None), nn.Module)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts that compute ``W_down (act(gate) * up)``, and not a gate of their own: such as
+    one that clamps, which large values tell."""
+    if not holds_experts(module):
+        return False
+    up, down = (module._parameters[n].detach()[:1] for n in ("gate_up_proj", "down_proj"))  # type: ignore[union-attr]
+    x = _probe(2, up.shape[2]).to(up)
+    x = x / (x @ up[0].mT).abs().max().clamp(min=1e-6)
+    first, weights = torch.zeros(2, 1, dtype=torch.int64, device=x.device), torch.ones(2, 1).to(x)
+    for size in (1.0, 64.0):
+        gate, value = (x * size @ up[0].mT).chunk(2, -1)
+        with torch.no_grad():
+            expected = (module.act_fn(gate) * value) @ down[0].mT  # type: ignore[operator]
+        y = _called(module, x * size, first, weights)
+        if y is None or y.shape != expected.shape or (y - expected).norm() > 0.02 * expected.norm():
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -222,13 +241,14 @@ def _probe(*shape: int) -> Tensor:
     return torch.cos(torch.arange(count).float() * 1.7).reshape(shape)
 
 
-def _called(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a module's forward gives, without its hooks: this is no forward of the model. None if it takes no such x."""
+def _called(module: nn.Module, *args: Tensor) -> Tensor | None:
+    """What a module's forward gives, without its hooks: this is no forward of the model. None if it takes no
+    such arguments."""
     was_training = module.training
     module.training = False
     try:
         with torch.no_grad():
-            y = module.forward(x)
+            y = module.forward(*args)
     except (TypeError, RuntimeError, ValueError, IndexError, NotImplementedError, AttributeError, KeyError):
         return None  # it wants other arguments: so it is another kind of module
     finally:
