@@ -63,9 +63,9 @@ def test_no_op_of_a_family_is_out_of_reach(model: nn.Module) -> None:
     assert coverage.uncovered == ()
     assert {op.status for op in coverage.ops} <= {"kept", "constant"}
     assert all(op.calls for op in coverage.of_status("kept") if op.kind != "activation")
-    assert {"embedding", "linear", "norm", "kv_cache", "qk", "softmax", "pv", "activation", "add", "loss"} <= {
-        op.kind for op in coverage.ops
-    }
+    kinds = {op.kind for op in coverage.ops}
+    assert {"embedding", "linear", "norm", "softmax", "activation", "add", "loss"} <= kinds
+    assert {"kv_cache", "qk", "pv"} <= kinds or "matmul" in kinds  # attention that a forward spells out itself
 
 
 def test_the_flops_are_those_of_torch_s_own_counter(model: nn.Module) -> None:

@@ -69,8 +69,9 @@ def small_model(family: str, **settings: Any) -> nn.Module:
         ) from error
     own = {**plain.to_dict(), **plain.attribute_map}
     sizes = {k: v for k, v in _SMALL.items() if k in own}
-    if "qk_rope_head_dim" in own:  # latent attention: the width of a head is the sum of its parts
+    if "qk_rope_head_dim" in own:  # latent attention: a head's width is the sum of its parts, and no head is shared
         sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return _from_config(transformers.AutoConfig.for_model(family, **{**sizes, **settings}))
 
 

@@ -197,7 +197,7 @@ def _attach_module(emulation: Emulation, module: nn.Module, bindings: dict[str, 
     attributes: dict[str, Any] = {"aqnsim_binding": next(iter(bindings.values()))}
     if st.holds_experts(module):
         mixin: type = em.EmulatedExperts
-        attributes = {"aqnsim_bindings": bindings}
+        attributes = {"aqnsim_bindings": bindings, "aqnsim_experts": st.experts_of(module)}
     elif kind == "linear":
         mixin = em.EmulatedLinear if isinstance(module, nn.Linear) else em.EmulatedTransposedLinear
     elif kind == "norm":

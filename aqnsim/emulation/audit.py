@@ -13,12 +13,13 @@ from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from aqnsim.emulation.attention import PARTS
 from aqnsim.emulation.rewriting import FUNCTIONS
+from aqnsim.emulation.sites import EXPERTS
 
 _KINDS = {
     "softmax": ("_softmax", "_safe_softmax"),
@@ -35,8 +36,16 @@ _KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 _BINARY = ("add", "multiply")
-_OTHER = ("pow", "mean", "sum", "exp", "log", "sqrt", "reciprocal", "cumsum", "var_mean", "var", "sin", "cos", "neg")
-"""Arithmetic that is part of an op, such as a norm; outside of one there is no kind of op for it."""
+_EXACT = (
+    *("clone", "copy", "_to_copy", "cat", "stack", "repeat", "_unsafe_view", "constant_pad_nd", "roll", "flip", "fill"),
+    *("index", "index_select", "index_put", "index_copy", "gather", "scatter", "select_scatter", "slice_scatter"),
+    *("where", "masked_fill", "masked_scatter", "tril", "triu", "topk", "sort", "clamp", "max", "min", "amax", "amin"),
+    *("maximum", "minimum", "neg", "abs", "zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros"),
+    *("new_ones", "new_full", "new_empty", "repeat_interleave", "bernoulli", "native_dropout", "lift_fresh", "one_hot"),
+)
+"""Ops that move, choose or negate values, and so cannot miss."""
+_LIKE_PRODUCTS = ("mm", "matmul", "linear", "conv", "attention", "lstm", "gru", "rnn")
+"""Parts of the names of ops that multiply matrices in ways that no FLOPs are known for."""
 _GEMMS = ("linear", "matmul", "attention", "experts", "conv")
 """Kinds of scope in which a product of matrices is expected."""
 
@@ -88,35 +97,37 @@ Loose = tuple[nn.Module, str]
 class Activations(TorchDispatchMode):
     """Follows what is computed from the inputs of a forward: activations, in contrast to tables that a model makes.
 
+    Memory is followed, not tensors: a table that an activation is written into, through whichever view, holds one.
+
     Args:
         inputs: keyword arguments of the forward.
     """
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
         super().__init__()
-        self._known: Any = WeakTensorKeyDictionary()
+        self._known: dict[int, StorageWeakRef] = {}  # by address, which is not used again while a reference is held
         self._mark(_tensors(inputs))
 
     def enter(self, *values: Any) -> bool:
         """Whether an activation is among some values, such as the arguments of a call."""
-        return any(t in self._known for t in _tensors(values))
+        return any(t.untyped_storage()._cdata in self._known for t in _tensors(values))
 
     def _mark(self, tensors: list[Tensor]) -> None:
         for t in tensors:
-            self._known[t] = True
-            if t._base is not None:  # written through a view
-                self._known[t._base] = True
+            reference = StorageWeakRef(t.untyped_storage())
+            self._known[reference.cdata] = reference
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         entered = self.enter(args, kwargs)
         if entered:
             self._mark(_tensors(result))
-        self.ran(func._schema.name, args, kwargs or {}, result, entered)
+        if not func.is_view:
+            self.ran(func._schema.name, args, kwargs or {}, result, entered)
         return result
 
     def ran(self, name: str, args: Any, kwargs: Any, result: Any, entered: bool) -> None:
-        """Note an op of torch; ``entered`` says whether an activation was among its operands."""
+        """Note an op of torch that is no view; ``entered`` says whether an activation was among its operands."""
 
 
 class Audit(Activations):
@@ -132,6 +143,9 @@ class Audit(Activations):
         loose: of no known op, though an activation entered.
         constant: of no known op, and no activation entered: tables that the model makes.
         other: calls of arithmetic outside any op for which there is no kind.
+
+    An op of another library than torch, or a product of matrices that is none of the usual ones, has the kind
+    ``unknown``.
     """
 
     def __init__(self, inputs: Mapping[str, Any], kinds: Mapping[nn.Module, str]) -> None:
@@ -239,22 +253,24 @@ class Audit(Activations):
         if scope.kind != "experts":
             return ""
         a, b = args[:2]
-        outputs = b.shape[0] if name == "aqnsim::linear" else a.shape[-2] if name == "bmm" else b.shape[-1]
-        inputs = a.shape[-1]
-        sizes = {n: tuple(scope.module.get_parameter(n).shape[1:]) for n in ("gate_up_proj", "down_proj")}
-        return next((n for n, size in sizes.items() if size == (outputs, inputs)), "")
+        outputs = b.shape[0] if name == "aqnsim::linear" else b.shape[-1]
+        if name == "bmm" and outputs == 1:  # a weight for each token, times the token
+            outputs = a.shape[-2]
+        sizes = {n: set(scope.module.get_parameter(n).shape[1:]) for n in EXPERTS}
+        return next((n for n, size in sizes.items() if size == {outputs, a.shape[-1]}), "")
 
     def _elementwise(self, name: str, tensors: list[Tensor], results: list[Tensor], entered: bool) -> None:
-        if not results or not results[0].is_floating_point():
+        if not self._scopes or not any(t.is_floating_point() for t in results):
             return
-        kind, module = _KIND_OF.get(name), self._scopes[-1].module if self._scopes else None
+        kind = _KIND_OF.get(name)
         if kind in _BINARY and not _joins(tensors):
             return
-        if kind is None or module is None:
-            if name in _OTHER and entered:
-                self.other[name] = self.other.get(name, 0) + 1
-            return
-        _count(self.loose if entered else self.constant, (module, kind), name, 0, results)
+        if kind is None and ("::" in name or any(part in name for part in _LIKE_PRODUCTS)):
+            kind = "unknown"
+        if kind is not None:
+            _count(self.loose if entered else self.constant, (self._scopes[-1].module, kind), name, 0, results)
+        elif entered and name not in _EXACT:
+            self.other[name] = self.other.get(name, 0) + 1
 
 
 def _count(found: dict[Any, Work], key: Any, name: str, flops: int, results: list[Tensor]) -> None:

@@ -62,7 +62,8 @@ class Structure:
             if kind is None:
                 found.containers[module] = name
                 continue
-            if kind != "experts":
+            experts = st.experts_of(module)
+            if experts is None or not experts.plain:  # the activation of a plain gate is an op of its own
                 inside.update(module.modules())
             found.ops.extend(_of_module(name, kind, module, found.routers))
         return found
@@ -92,8 +93,12 @@ def candidates(
 def _of_module(name: str, kind: str, module: nn.Module, routers: set[str]) -> list[Candidate]:
     """The ops of a module that is an op as a whole, or a mixture's experts."""
     if kind == "experts":
-        parts = [Candidate(f"{name}.{w}", "linear", w, module, w) for w in ("gate_up_proj", "down_proj")]
-        between = (("multiply", "multiply"), ("weigh", "multiply"), ("combine", "add"))
+        experts = st.experts_of(module)
+        assert experts is not None
+        axis = -2 if experts.transposed else -1
+        parts = [Candidate(f"{name}.{w}", "linear", w, module, w, axis) for w in st.EXPERTS]
+        gate = ("multiply", "multiply") if experts.plain else ("gate", "activation")
+        between = (gate, ("weigh", "multiply"), ("combine", "add"))
         return [*parts, *(Candidate(f"{name}.{op}", kind, op, module) for op, kind in between)]
     axis = -2 if kind == "linear" and not isinstance(module, nn.Linear) else -1
     weight = "weight" if isinstance(module._parameters.get("weight"), nn.Parameter) else None
