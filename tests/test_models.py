@@ -20,9 +20,9 @@ from aqnsim.emulation.coverage import Coverage, survey
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "gpt2", "olmo2"),
-    *("gpt_neox", "qwen3_moe", "qwen2_moe", "mixtral"),
+    *("gpt_neox", "bloom", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3"),
 )
-MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3")
 NEAR = "e8m22"  # one bit less than fp32
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "convolution", "_grouped_mm", "grouped_mm_fallback")
 
@@ -63,9 +63,9 @@ def test_no_op_of_a_family_is_out_of_reach(model: nn.Module) -> None:
     assert coverage.uncovered == ()
     assert {op.status for op in coverage.ops} <= {"kept", "constant"}
     assert all(op.calls for op in coverage.of_status("kept") if op.kind != "activation")
-    assert {"embedding", "linear", "norm", "kv_cache", "qk", "softmax", "pv", "activation", "add", "loss"} <= {
-        op.kind for op in coverage.ops
-    }
+    kinds = {op.kind for op in coverage.ops}
+    assert {"embedding", "linear", "norm", "softmax", "activation", "add", "loss"} <= kinds
+    assert {"kv_cache", "qk", "pv"} <= kinds or "matmul" in kinds  # attention that a forward spells out itself
 
 
 def test_the_flops_are_those_of_torch_s_own_counter(model: nn.Module) -> None:

@@ -183,7 +183,7 @@ def _attach(emulation: Emulation, planned: list[Site]) -> None:
 
 def _key_of(site: Site) -> str:
     """Which op of its module a site is, for a mixture's experts and for the parts of an attention."""
-    is_expert = site.ordinal is None and st.is_experts(site.module)
+    is_expert = site.ordinal is None and st.holds_experts(site.module)
     return site.name.rpartition(".")[2] if is_expert else site.kind
 
 
@@ -196,9 +196,9 @@ def _attach_module(emulation: Emulation, module: nn.Module, bindings: dict[str, 
     """Swap the class of a module that is an op as a whole."""
     cls, kind = type(module), next(iter(bindings.values())).site.kind
     attributes: dict[str, Any] = {"aqnsim_binding": next(iter(bindings.values()))}
-    if st.is_experts(module):
+    if st.holds_experts(module):
         mixin: type = em.EmulatedExperts
-        attributes = {"aqnsim_bindings": bindings}
+        attributes = {"aqnsim_bindings": bindings, "aqnsim_experts": st.experts_of(module)}
     elif kind == "linear":
         mixin = em.EmulatedLinear if isinstance(module, nn.Linear) else em.EmulatedTransposedLinear
     elif kind == "norm":

@@ -16,7 +16,7 @@ from aqnsim.emulation.binding import Binding
 PARTS = ("kv_cache", "qk", "softmax", "pv")
 """The ops of one attention, which are kinds of site."""
 
-_UNSUPPORTED = ("s_aux", "position_bias", "cache")
+_UNSUPPORTED = ("position_bias", "cache")
 
 
 def is_attention(function: Any, args: tuple[Any, ...]) -> bool:
@@ -59,6 +59,7 @@ class Attention:
             getattr(module, "is_causal", True) if causal is None else causal,
             kwargs.get("dropout", 0.0),
             kwargs.get("softcap"),
+            kwargs.get("s_aux"),
         )
         return result.transpose(1, 2).contiguous(), weights
 
@@ -79,7 +80,6 @@ class Attention:
             query.shape[-1] ** -0.5 if scale is None else scale,
             given.get("is_causal", False),
             given.get("dropout_p", 0.0),
-            None,
         )[0]
 
     def _acts(self, part: str) -> bool:
@@ -103,7 +103,8 @@ class Attention:
         scaling: float,
         causal: bool,
         dropout: float,
-        softcap: float | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         heads = query.shape[1]
         key, value = _repeated(key, heads), _repeated(value, heads)
@@ -113,7 +114,8 @@ class Attention:
         key_rows = emulation.cached_rows(key) if draws else None
         score_rows = emulation.score_rows(query) if draws else None
         scores = self._product("qk", query, key, True, score_rows, key_rows, query_rows) * scaling
-        weights = self._softmax(scores, _additive(mask, scores, causal), softcap, score_rows).to(value.dtype)
+        mask = _additive(mask, scores, causal)
+        weights = self._softmax(scores, mask, softcap, sinks, score_rows).to(value.dtype)
         weights = torch.dropout(weights, dropout, True) if dropout else weights
         return self._product("pv", weights, value, False, query_rows, key_rows, score_rows).to(value.dtype), weights
 
@@ -131,17 +133,23 @@ class Attention:
             return (a @ (b.mT if transposed else b)).float()
         return self.parts[part].matmul(a, b, transposed, torch.float32, rows, other_rows, operand_rows)
 
-    def _softmax(self, scores: Tensor, mask: Tensor | None, softcap: float | None, rows: Tensor | None) -> Tensor:
-        """The softmax, with the cap of its scores and the mask, which are part of it."""
+    def _softmax(
+        self, scores: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        """The softmax, with what is part of it: the cap of its scores, the mask, and a score of each head that takes
+        weight from all keys (a sink)."""
         b = self.parts["softmax"] if self._acts("softmax") else None
         entered = scores if b is None else b.enter(scores, 0, rows)
         if softcap is not None:
             entered = torch.tanh(entered / softcap) * softcap
         masked = entered if mask is None else entered + mask
-        if b is None:
-            return torch.softmax(masked, -1)
-        tables = b.plan.approximation
+        if sinks is not None:
+            masked = torch.cat([masked, sinks.float().reshape(1, -1, 1, 1).expand(*masked.shape[:-1], 1)], -1)
+        tables = "" if b is None else b.plan.approximation
         weights = functions.softmax(masked, -1, tables) if tables else torch.softmax(masked, -1)
+        weights = weights[..., : scores.shape[-1]]
+        if b is None:
+            return weights
         weights = b.leave(weights, torch.float32, 0, rows)
         if mask is None:
             return weights

@@ -14,6 +14,7 @@ from aqnsim._errors import ConfigError
 from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.attention import PARTS
+from aqnsim.emulation.audit import Activations
 from aqnsim.emulation.functional import Recorder
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 
@@ -59,10 +60,10 @@ class Structure:
                 continue
             kind = st.module_kind(module)
             if kind is None:
-                if not _is_rotary_table(module):
-                    found.containers[module] = name
+                found.containers[module] = name
                 continue
-            if kind != "experts":
+            experts = st.experts_of(module)
+            if experts is None or not experts.plain:  # the activation of a plain gate is an op of its own
                 inside.update(module.modules())
             found.ops.extend(_of_module(name, kind, module, found.routers))
         return found
@@ -83,7 +84,8 @@ def candidates(
     if not _may_compute(structure.containers, inner):
         return found
     kwargs = example_of(model, example)
-    with recording(structure.containers) as recorders:
+    activations = Activations(kwargs)
+    with recording(structure.containers, activations) as recorders, activations:
         run_example(model, kwargs)
     return [*found, *(c for c in structure.of_recorders(recorders) if c.kind in inner)]
 
@@ -91,17 +93,16 @@ def candidates(
 def _of_module(name: str, kind: str, module: nn.Module, routers: set[str]) -> list[Candidate]:
     """The ops of a module that is an op as a whole, or a mixture's experts."""
     if kind == "experts":
-        parts = [Candidate(f"{name}.{w}", "linear", w, module, w) for w in ("gate_up_proj", "down_proj")]
-        between = (("multiply", "multiply"), ("weigh", "multiply"), ("combine", "add"))
+        experts = st.experts_of(module)
+        assert experts is not None
+        axis = -2 if experts.transposed else -1
+        parts = [Candidate(f"{name}.{w}", "linear", w, module, w, axis) for w in st.EXPERTS]
+        gate = ("multiply", "multiply") if experts.plain else ("gate", "activation")
+        between = (gate, ("weigh", "multiply"), ("combine", "add"))
         return [*parts, *(Candidate(f"{name}.{op}", kind, op, module) for op, kind in between)]
     axis = -2 if kind == "linear" and not isinstance(module, nn.Linear) else -1
     weight = "weight" if isinstance(module._parameters.get("weight"), nn.Parameter) else None
     return [Candidate(name, kind, st.role_of(name, kind, routers), module, weight, axis)]
-
-
-def _is_rotary_table(module: nn.Module) -> bool:
-    """Whether a module makes the tables of a rotary embedding: constants of the model, that no activation enters."""
-    return "inv_freq" in module._buffers and not any(True for _ in module.parameters())
 
 
 def _may_compute(containers: Mapping[nn.Module, str], kinds: Set[str]) -> bool:
@@ -124,16 +125,18 @@ def _of_recorder(name: str, module: nn.Module, recorder: Recorder, routers: set[
         suffix = f"_{same.index(f.operation.ordinal)}" if len(same) > 1 else ""
         for kind in kinds:
             own, weight = f"{name}.{kind}{suffix}".removeprefix("."), None
+            axis = -1
             if kind == "linear":
                 weight = f.operation.target or None
+                axis = -1 if f.operation.kind == "linear" else -2  # F.linear(x, W), or x @ W
                 own = name if weight == "weight" else f"{name}.{weight or kind}{'' if weight else suffix}"
             role, ordinal = st.role_of(own, kind, routers), f.operation.ordinal
-            found.append(Candidate(own, kind, role, module, weight, ordinal=ordinal, attends=f.kind == "attention"))
+            found.append(Candidate(own, kind, role, module, weight, axis, ordinal, attends=f.kind == "attention"))
     return found
 
 
 @contextmanager
-def recording(containers: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, Recorder]]:
+def recording(containers: Mapping[nn.Module, str], activations: Activations) -> Iterator[dict[nn.Module, Recorder]]:
     """Give every container whose source can be read a forward that records; take it away after."""
     recorders: dict[nn.Module, Recorder] = {}
     classes = {m: type(m) for m in containers}
@@ -141,7 +144,7 @@ def recording(containers: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, R
         for module, cls in classes.items():
             copy = rewritten(cls)
             if copy is not None:
-                recorders[module] = Recorder(copy.operations)
+                recorders[module] = Recorder(module, copy.operations, activations)
                 module.__dict__[FUNCTIONS] = recorders[module]
                 module.__class__ = em.rewritten_class(cls, copy)
         yield recorders

@@ -5,6 +5,7 @@ Attaching swaps ``module.__class__``: parameters, state-dict keys, hooks and PEF
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from aqnsim.emulation import approximate
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation, Moment
 from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
-from aqnsim.emulation.sites import Norm
+from aqnsim.emulation.sites import Experts, Norm
 from aqnsim.errors import AbsoluteGaussian
 from aqnsim.receipts import STREAMS
 
@@ -145,14 +146,13 @@ class EmulatedEmbedding(Emulated):
 class EmulatedExperts(Emulated):
     """Mixed into a mixture's experts: each token's products run as the sites of their parameters say.
 
-    The other sites: ``multiply`` of gate and up, ``weigh`` by the router's weights, ``combine``, the sum over a token's
-    experts.
+    The other sites: ``multiply`` of a plain gate, or else the ``gate`` as one function; ``weigh`` by the router's
+    weights; ``combine``, the sum over a token's experts.
     """
 
     aqnsim_bindings: dict[str, Binding]
+    aqnsim_experts: Experts
     gate_up_proj: nn.Parameter
-    down_proj: nn.Parameter
-    act_fn: nn.Module
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
         sites = self.aqnsim_bindings
@@ -172,14 +172,26 @@ class EmulatedExperts(Emulated):
         return self._combine(results).to(hidden_states.dtype)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = self._product("gate_up_proj", expert, x).chunk(2, -1)
-        return self._product("down_proj", expert, self._multiply("multiply", expert, self.act_fn(gate), up))
+        return self._product("down_proj", expert, self._gate(expert, self._product("gate_up_proj", expert, x)))
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
-        weight, site = getattr(self, name)[expert], self.aqnsim_bindings.get(name)
+        experts, site = self.aqnsim_experts, self.aqnsim_bindings.get(name)
+        weight, bias = experts.weight(self, name, expert), experts.bias(self, name, expert)  # type: ignore[arg-type]
         if site is None or not site.acts:
-            return nn.functional.linear(x, weight)
-        return site.linear(*_autocast(x, weight, None), part=expert + 1)
+            return nn.functional.linear(x, weight, bias)
+        return site.linear(*_autocast(x, weight, bias), part=expert + 1)
+
+    def _gate(self, expert: int, x: Tensor) -> Tensor:
+        experts = self.aqnsim_experts
+        if experts.plain:
+            gate, up = x.chunk(2, -1)
+            return self._multiply("multiply", expert, self.act_fn(gate), up)  # type: ignore[attr-defined]
+        site = self.aqnsim_bindings.get("gate")
+        if site is None or not site.acts:
+            return experts.gate(self, x)  # type: ignore[arg-type]
+        rows, part = site.rows(x), expert + 1
+        y = experts.gate(self, site.enter(x, 0, rows, part))  # type: ignore[arg-type]
+        return site.leave(y, x.dtype, 0, rows, part)
 
     def _multiply(self, name: str, expert: int, a: Tensor, b: Tensor) -> Tensor:
         site = self.aqnsim_bindings.get(name)
@@ -236,8 +248,14 @@ def emulated_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def rewritten_class(cls: type[nn.Module], copy: Rewritten) -> type[nn.Module]:
-    """A module's class whose forward's operations go through :data:`FUNCTIONS`."""
-    return _container(cls, (Emulated, cls), {"forward": copy.forward, FUNCTIONS: None})
+    """A module's class whose forward's operations go through :data:`FUNCTIONS`; its own forward runs when off."""
+
+    @functools.wraps(copy.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = cls.forward if self.aqnsim_functions.is_off else copy.forward
+        return run(self, *args, **kwargs)
+
+    return _container(cls, (Emulated, cls), {"forward": forward, FUNCTIONS: None})
 
 
 def recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:
