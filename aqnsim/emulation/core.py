@@ -59,8 +59,8 @@ class _Frozen:
         if self.site.parameter is not self.weight:
             raise ConfigError(
                 f"the frozen weight of {self.site.name!r} was replaced since the profile was attached (by "
-                "fully_shard?): the clean weight cannot come back there; restore(keep_weights=True) keeps cast(W), and a second model "
-                "that is not emulated can stand for the clean one"
+                "fully_shard?): the clean weight cannot come back there; restore(keep_weights=True) keeps cast(W), and "
+                "a second model that is not emulated can stand for the clean one"
             )
 
     def check(self) -> None:
@@ -68,9 +68,10 @@ class _Frozen:
         self.check_place()
         if _digest(self.weight.data) != self.digest:
             raise ConfigError(
-                f"the frozen weight of {self.site.name!r} was changed since the profile was attached (a merged adapter, "
-                "a loaded state dict?): going back to the clean weight would lose that; restore(keep_weights=True) keeps "
-                "what is there, refresh_weights() writes cast(W) again, as after unmerging"
+                f"the frozen weight of {self.site.name!r} was changed since the profile was attached (a merged "
+                "adapter, a loaded state dict?): going back to the clean weight would lose that; "
+                "restore(keep_weights=True) keeps what is there, refresh_weights() writes cast(W) again, as after "
+                "unmerging"
             )
 
 
