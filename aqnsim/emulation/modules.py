@@ -56,7 +56,7 @@ class EmulatedLinear(Emulated, nn.Linear):
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(input)
-        return site.linear(*_autocast(input, self.weight, self.bias))
+        return site.linear(input, self.weight, self.bias)
 
 
 class EmulatedTransposedLinear(Emulated):
@@ -70,8 +70,7 @@ class EmulatedTransposedLinear(Emulated):
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(x)  # type: ignore[misc]
-        x, weight, bias = _autocast(x, self.weight, self.bias)
-        return site.linear(x, weight.t(), bias)
+        return site.linear(x, self.weight.t(), self.bias)
 
 
 class EmulatedNorm(Emulated):
@@ -172,7 +171,7 @@ class EmulatedExperts(Emulated):
         weight, site = getattr(self, name)[expert], self.aqnsim_bindings.get(name)
         if site is None or not site.acts:
             return nn.functional.linear(x, weight)
-        return site.linear(*_autocast(x, weight, None), stream=expert + 1)
+        return site.linear(x, weight, None, stream=expert + 1)
 
 
 class Recomputed(Emulated):
@@ -195,15 +194,6 @@ class Recomputed(Emulated):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with self.aqnsim_emulation.at(aqnsim_moment):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands in autocast's dtype, where it is on: torch does that for its own ops and not for ours."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def emulated_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
