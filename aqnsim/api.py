@@ -18,7 +18,7 @@ def _check_tensor(x: Tensor, what: str) -> None:
     if not isinstance(x, Tensor):
         raise ConfigError(f"{what}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise ConfigError(f"{what}: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
+        raise ConfigError(f"{what}: expected a float32, bfloat16 or float16 tensor, got {x.dtype}: convert it first")
 
 
 def _check_axis(x: Tensor, axis: int) -> int:
@@ -51,7 +51,7 @@ def cast(
     """Bring values to a format and back: same shape and dtype, straight-through gradient.
 
     Args:
-        x: float32 or bfloat16, any shape and strides.
+        x: float32, bfloat16 or float16, any shape and strides.
         format: a text of :func:`aqnsim.formats.get`, such as ``mxfp4`` or ``nvfp4(scale=torchao)``, or a format.
         axis: the axis along which blocks run; the last block may be shorter. For a GEMM: the contraction. Tiles lie in
             the last two axes.
@@ -61,7 +61,7 @@ def cast(
             2, ... An element's bits depend on the key, its logical row and its column alone.
 
     Raises:
-        ConfigError: a dtype other than float32 and bfloat16, an axis out of range, a key that nothing uses or that is
+        ConfigError: another dtype, an axis out of range, a key that nothing uses or that is
             missing, rows of the wrong number.
         UnknownNameError: no such format or rounding.
 
@@ -91,7 +91,7 @@ def quantize(
     """Codes and scales of a tensor, packed; ``quantize(x, f).dequantize()`` is bit-equal to ``cast(x, f)``.
 
     Args:
-        x: float32 or bfloat16.
+        x: float32, bfloat16 or float16.
         format, axis, rounding, key, rows: as for :func:`cast`.
 
     Raises:
@@ -115,13 +115,13 @@ def perturb(y: Tensor, error: ErrorModel, key: NoiseKey, rows: Tensor | None = N
     """Add an op's error to its result: a pure function of the key and each element's logical row and column.
 
     Args:
-        y: float32 or bfloat16; the last axis is the column, all others together the row.
+        y: float32, bfloat16 or float16; the last axis is the column, all others together the row.
         error: such as :class:`aqnsim.RelativeGaussian`; computed in fp32, then rounded to ``y``'s dtype.
         key: seed, site, step, phase and stream of the noise.
         rows: int64, one logical row for each row of ``y``; default 0, 1, 2, ...
 
     Raises:
-        ConfigError: a dtype other than float32 and bfloat16, not an error model or a key, rows of the wrong number.
+        ConfigError: another dtype, not an error model or a key, rows of the wrong number.
 
     The gradient is straight-through: an error is not a function that training may exploit.
 

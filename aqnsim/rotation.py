@@ -27,7 +27,7 @@ def hadamard(
     then multiplies with ``1 / sqrt(size)``, and rounds to the dtype of ``x``. Differentiable.
 
     Args:
-        x: float32 or bfloat16; the axis must be a multiple of ``size``.
+        x: float32, bfloat16 or float16; the axis must be a multiple of ``size``.
         size: one of :data:`SIZES`.
         axis: the axis along which the blocks lie.
         signs: +1 and -1, ``[size]``, the same for all blocks: a tensor such as ``torch.tensor(TE_SIGNS)``; or a key,
@@ -50,7 +50,7 @@ def hadamard(
     if x.shape[axis] % size:
         raise ConfigError(f"hadamard: axis {axis} has {x.shape[axis]} elements, expected a multiple of {size}")
     if x.dtype not in DTYPES:
-        raise ConfigError(f"hadamard: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
+        raise ConfigError(f"hadamard: expected a float32, bfloat16 or float16 tensor, got {x.dtype}: convert it first")
     flips = _signs(signs, size, x)
     blocks = x.float().movedim(axis, -1).unflatten(-1, (-1, size))
     if not inverse:

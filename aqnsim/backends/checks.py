@@ -10,17 +10,17 @@ from torch import Tensor
 from aqnsim._errors import ConfigError
 from aqnsim.formats import AnyFormat, random_bits
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_dtype(x: Tensor) -> torch.dtype:
     """The tensor's dtype.
 
     Raises:
-        ConfigError: neither float32 nor bfloat16.
+        ConfigError: none of float32, bfloat16 and float16.
     """
     if x.dtype not in DTYPES:
-        raise ConfigError(f"expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
+        raise ConfigError(f"expected a float32, bfloat16 or float16 tensor, got {x.dtype}: convert it first")
     return x.dtype
 
 

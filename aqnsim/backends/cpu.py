@@ -14,6 +14,7 @@ from aqnsim._errors import BackendError
 from aqnsim.backends import Backend, register
 from aqnsim.backends.checks import check_dtype, check_gemm, check_rows, check_step, shape_in_rows
 from aqnsim.backends.compose import compositions
+from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian, parse
 from aqnsim.formats import (
     ROUNDINGS,
@@ -175,6 +176,7 @@ def _run_cast(
     return stats, amax
 
 
+@casts_half
 def cast(
     x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None, measure: bool
 ) -> tuple[Tensor, Tensor]:
@@ -201,6 +203,7 @@ def quantize(
     return out, scales, torch.tensor(_core.tensor_scale(_plan(fmt).scaling, amax))
 
 
+@perturbs_half
 def perturb(
     y: Tensor,
     error: str,

@@ -13,6 +13,7 @@ from aqnsim import accumulator, reference
 from aqnsim.backends import Backend, register
 from aqnsim.backends.checks import check_dtype, check_gemm, check_rows, check_step, shape_in_rows
 from aqnsim.backends.compose import compositions
+from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import RelativeGaussian, parse
 from aqnsim.formats import AnyFormat, BlockFormat, element_of, get
 from aqnsim.receipts import STATS
@@ -49,6 +50,7 @@ def _words(x: Tensor, fmt: AnyFormat, key: int, step: Tensor | None, rows: Tenso
     return reference.random_words(ids, columns, key, at).reshape(tuple(x.shape))
 
 
+@casts_half
 def cast(
     x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None, measure: bool
 ) -> tuple[Tensor, Tensor]:
@@ -97,6 +99,7 @@ def _tensor(values: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.array(values, order="C"))  # keeps 0 dimensions
 
 
+@perturbs_half
 def perturb(
     y: Tensor,
     error: str,
