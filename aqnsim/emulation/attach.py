@@ -22,6 +22,7 @@ from aqnsim.emulation.functional import Functions, emulated
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import OpSpec, Profile, load
+from aqnsim.profiles.spec import operand
 from aqnsim.receipts import PHASES, STATS, STREAMS
 
 _TRAINER_PHASES = PHASES[1:]
@@ -238,6 +239,8 @@ def _materialise(emulation: Emulation, bindings: list[Binding]) -> None:
         formats = {spec.forward.weight for spec in site.specs.values()}
         if weight is None or weight.requires_grad or len(formats) > 1 or None in formats or site.kind != "linear":
             continue
+        if any(text is not None and operand(text)[1] is not None for text in formats):
+            continue  # a fault is drawn at each use
         if len(shared[id(weight)]) == 1:
             emulation.materialise(site, weight)
             binding.materialised = True

@@ -54,7 +54,7 @@ class _Plan:
             counts_output=not any((forward.input, forward.weight, forward.error, forward.output)),
             approximation=forward.approximation or "",
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
-            weight_entering=(steps(None, None, None), steps(None, grad_weight.error, grad_weight.output)),
+            weight_entering=(steps(forward.weight, None, None), steps(None, grad_weight.error, grad_weight.output)),
             leaving=(steps(None, forward.error, forward.output), steps(grad_input.grad, None, None)),
         )
 
@@ -130,9 +130,9 @@ class Binding:
         return self._stage(x, self.plan.entering, torch.float32, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
     def enter_weight(self, weight: Tensor) -> Tensor:
-        """A weight in fp32; its gradient leaves as ``grad_weight`` says."""
-        keys = [*self.keys[_FORWARD], *self.keys[_WEIGHT]]
-        return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT)
+        """A weight in fp32, after its cast; its gradient leaves as ``grad_weight`` says."""
+        keys = [self.keys[0], *self.keys[2:4], *self.keys[_WEIGHT]]
+        return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT, slice(1))
 
     def leave(
         self, y: Tensor, dtype: torch.dtype, operand: int = 0, rows: Tensor | None = None, part: int = 0
@@ -151,6 +151,7 @@ class Binding:
         keys: list[int],
         rows: Tensor | None,
         streams: slice,
+        of_forward: slice = _FORWARD,
     ) -> Tensor:
         forward, backward = steps
         if not any(forward) and not any(backward):
@@ -160,7 +161,8 @@ class Binding:
             x, forward, backward, dtype, keys, self.emulation.clock, rows, receipt[streams] if any(backward) else None
         )
         if any(forward):
-            torch.ops.aqnsim.record(receipt[_FORWARD], result[1])
+            own = receipt[of_forward]
+            torch.ops.aqnsim.record(own, result[1][: own.shape[0]])
         return result[0]
 
     def casts_weight(self, weight: Tensor) -> bool:
