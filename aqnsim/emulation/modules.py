@@ -15,10 +15,6 @@ from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation, Moment
 from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
 from aqnsim.emulation.sites import Norm
-from aqnsim.errors import AbsoluteGaussian
-from aqnsim.receipts import STREAMS
-
-_AQN = STREAMS.index("aqn")
 
 
 class _Class:
@@ -48,13 +44,13 @@ class Emulated:
 
 
 class EmulatedLinear(Emulated, nn.Linear):
-    """A linear layer whose products run as its site's OpSpec says, forward and backward."""
+    """A linear layer whose products run as its site says, forward and backward; with AQN, of ``w + sigma z``."""
 
     aqnsim_binding: Binding
 
     def forward(self, input: Tensor) -> Tensor:
         site = self.aqnsim_binding
-        if not site.acts:
+        if not site.changes:
             return super().forward(input)
         return site.linear(*_autocast(input, self.weight, self.bias))
 
@@ -68,7 +64,7 @@ class EmulatedTransposedLinear(Emulated):
 
     def forward(self, x: Tensor) -> Any:
         site = self.aqnsim_binding
-        if not site.acts:
+        if not site.changes:
             return super().forward(x)  # type: ignore[misc]
         x, weight, bias = _autocast(x, self.weight, self.bias)
         return site.linear(x, weight.t(), bias)
@@ -83,8 +79,8 @@ class EmulatedNorm(Emulated):
 
     def forward(self, hidden_states: Tensor) -> Any:
         site = self.aqnsim_binding
-        sigma = site.aqn_sigma()
-        if sigma == 0.0 and not site.acts:
+        noise = site.noise
+        if not noise and not site.acts:
             return super().forward(hidden_states)  # type: ignore[misc]
         weight, bias = self.weight, getattr(self, "bias", None)
         rows = site.rows(hidden_states, "bshd") if site.acts else None
@@ -92,19 +88,10 @@ class EmulatedNorm(Emulated):
         if site.acts:
             x = site.enter(x, 0, rows)
             weight = None if weight is None else site.enter_weight(weight)  # type: ignore[assignment]
-        if sigma:
-            weight = _noisy(site, weight, sigma)  # type: ignore[arg-type, assignment]
+        if noise:
+            weight = site.noisy(weight.float())  # type: ignore[union-attr, assignment]
         y = self.aqnsim_norm(x, weight, bias)
         return site.leave(y, hidden_states.dtype, 0, rows) if site.acts else y.to(hidden_states.dtype)
-
-
-def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
-    """``w + sigma z`` in fp32."""
-    noisy, stats = torch.ops.aqnsim.perturb(
-        weight.float(), str(AbsoluteGaussian(sigma)), site.keys[_AQN], site.emulation.clock, None, None, True
-    )
-    torch.ops.aqnsim.record(site.receipt()[_AQN], stats)
-    return noisy  # type: ignore[no-any-return]
 
 
 class EmulatedElementwise(Emulated):
@@ -147,7 +134,7 @@ class EmulatedExperts(Emulated):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
         sites = self.aqnsim_bindings
-        if not any(site.acts for site in sites.values()):
+        if not any(site.changes for site in sites.values()):
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
         emulation = next(iter(sites.values())).emulation
         tokens = emulation.rows_of(hidden_states)
@@ -168,7 +155,7 @@ class EmulatedExperts(Emulated):
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         weight, site = getattr(self, name)[expert], self.aqnsim_bindings.get(name)
-        if site is None or not site.acts:
+        if site is None or not site.changes:
             return nn.functional.linear(x, weight)
         return site.linear(*_autocast(x, weight, None), part=expert + 1)
 
