@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixed import assert_all_same, gpt2, gradients
+from mixed import MIXED, assert_all_same, gpt2, gradients
 from models import SOURCE, family, gemma, inputs, llama, mlp, profile, tokens, with_lora
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,7 +22,7 @@ import aqnsim
 from aqnsim import AQN, AbsoluteGaussian, ConfigError, RealisationError, RelativeGaussian
 from aqnsim.aqn import Constant, Custom, KStage, Zone, preset, survives
 from aqnsim.emulation import Emulation
-from aqnsim.profiles import Forward, GradInput, OpSpec, Profile, Rule
+from aqnsim.profiles import GradInput, OpSpec, Profile, Rule
 from aqnsim.receipts import PHASES
 from aqnsim.report import sigma_interval
 from aqnsim.rng import clock, key_of
@@ -303,3 +303,442 @@ def test_a_resumed_run_knows_the_sigmas_of_its_first_part() -> None:
     forward(model)
     with pytest.raises(RealisationError, match="zone of layers 0 to 0 stayed at sigma 0"):
         forgetful.check()
+
+
+# ---- mixtures of experts -------------------------------------------------------------------------------------------
+
+INPUT = [f"model.layers.{i}.input_layernorm" for i in (0, 1)]
+POST = [f"model.layers.{i}.post_attention_layernorm" for i in (0, 1)]
+HEADS = [f"model.layers.{i}.self_attn.{n}_norm" for i in (0, 1) for n in "qk"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("all", [*INPUT, *POST, *HEADS, "model.norm"]),
+        ("post_attention_only", POST),
+        ("protect_router", [*INPUT, *HEADS, "model.norm"]),
+    ],
+)
+def test_the_rule_for_mixtures_chooses_norms_by_what_a_router_reads(rule: Any, expected: list[str]) -> None:
+    model = family("qwen3_moe")
+    assert sorted(reached(model, AQN(Constant(0.1), moe=rule))) == sorted(expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Routed(nn.Module):
+    """A block with experts behind a norm: its names say nothing."""
+
+    def __init__(self, copies: bool) -> None:
+        super().__init__()
+        self.copies = copies
+        self.a, self.b = nn.RMSNorm(8, eps=1e-6), nn.RMSNorm(8, eps=1e-6)
+        self.block = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(x)
+        return self.block(self.a(x) * 1 if self.copies else self.a(x).view(-1, 8))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate(x.float()).softmax(-1)
+        return sum(weights[..., i, None] * e(x) for i, e in enumerate(self.experts))  # type: ignore[return-value]
+
+
+def test_what_feeds_a_router_is_known_by_the_tensor_that_it_reads() -> None:
+    aqn = AQN(Constant(0.1), targets=("rmsnorm", "linear"), moe="protect_router")
+    example = {"x": inputs(3, 8)}
+    emu = aqnsim.emulate(Routed(copies=False), "ideal", aqn=aqn, example=example)
+    assert noised(emu) == ["b", "block.experts.0", "block.experts.1"]  # neither a nor the router
+    with pytest.raises(ConfigError, match=r"the router 'block\.gate' reads no output of a norm or a linear layer"):
+        aqnsim.emulate(Routed(copies=True), "ideal", aqn=aqn, example=example)
+
+
+def test_a_model_without_routers_has_nothing_to_protect() -> None:
+    assert len(reached(llama(), AQN(Constant(0.1), moe="protect_router"))) == 5
+    assert len(reached(mlp(), AQN(Constant(0.1), targets="linear", moe="protect_router"))) == 2  # without an example
+
+
+@pytest.mark.parametrize("name", ["ideal", "mxfp4-w4a16"])
+def test_each_expert_has_noise_of_its_own(name: str) -> None:
+    model = family("qwen3_moe")
+    experts, x = model.model.layers[0].mlp.experts, inputs(6, 64)
+    chosen, weights = torch.tensor([[0], [0], [1], [1], [3], [3]]), torch.ones(6, 1)
+    site = "model.layers.0.mlp.experts"
+    aqn = AQN(Constant(0.01), targets=("gate_up_proj", "down_proj"), phases=ALL)
+    with aqnsim.emulate(model, name, aqn=aqn) as emu, torch.no_grad():
+        emu.begin_step(0, 1)
+        y = experts(x, chosen, weights)
+        forward(model)
+        assert noised(emu) == [
+            f"model.layers.{i}.mlp.experts.{w}" for i in (0, 1) for w in ("gate_up_proj", "down_proj")
+        ]
+
+    def held(w: str, expert: int) -> Tensor:
+        weight = getattr(experts, w)[expert].detach()
+        weight = weight if name == "ideal" else aqnsim.cast(weight, "mxfp4")
+        key = key_of(0, f"{site}.{w}", f"aqn#{expert + 1}")
+        now = torch.tensor(clock(0, "train"))
+        noisy: Tensor = torch.ops.aqnsim.perturb(weight, str(AbsoluteGaussian(0.01)), key, now, None, None, False)[0]
+        return noisy
+
+    for i, expert in enumerate(chosen[:, 0].tolist()):
+        gate, up = F.linear(x[i : i + 1], held("gate_up_proj", expert)).chunk(2, -1)
+        expected = F.linear(experts.act_fn(gate) * up, held("down_proj", expert))
+        torch.testing.assert_close(y[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_compute_in_another_way_are_refused_by_name() -> None:
+    model = family("gpt_oss")
+    aqn = AQN(Constant(0.1), targets="linear")
+    with pytest.raises(ConfigError, match=r"AQN would reach 'model\.layers\.0\.mlp\.experts\.gate_up_proj'.*exclude"):
+        reached(model, aqn)
+    assert len(reached(model, dataclasses.replace(aqn, exclude=("experts.*",)))) == 9
+
+
+# ---- relative to the weight ------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize(("make", "target"), [(llama, "linear"), (llama, "rmsnorm"), (gemma, "rmsnorm")])
+def test_sigma_relative_to_the_root_mean_square_of_the_weight_that_acts(
+    make: Callable[[], nn.Module], target: str, dtype: torch.dtype
+) -> None:
+    model = make().to(dtype)
+    for p in model.parameters():
+        p.data.mul_(3).add_(0.25)
+    offset = 1.0 if make is gemma else 0.0
+    with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.02), targets=target, relative_to="rms", phases=ALL)) as emu:
+        emu.begin_step(0, 1)
+        forward(model)
+        receipts = [r for r in emu.receipts() if r.stream == "aqn"]
+        weights = {s.name: s.parameter for s in emu.sites}
+    assert len(receipts) == len(weights) > 2
+    for r in receipts:
+        weight = weights[r.site].detach().double() + offset  # type: ignore[union-attr]
+        sigma = 0.02 * float(weight.square().mean().sqrt())
+        low, high = sigma_interval(sigma, r.elements, 1e-6)
+        # what a bf16 weight stores of its noise is part of it; norms are noisy in fp32
+        assert r.requested_sigma == pytest.approx(sigma, rel=1e-6)
+        assert low < r.realised_sigma < high  # type: ignore[operator]
+        assert r.requested == "absolute-gaussian(schedule * rms)"
+
+
+def test_sigma_follows_a_weight_that_trains_from_step_to_step() -> None:
+    model = mlp()
+    with aqnsim.emulate(
+        model, "ideal", aqn=AQN(Constant(0.02), targets="linear", relative_to="rms", phases=ALL)
+    ) as emu:
+        emu.begin_step(0, 2)
+        model(inputs(2, 40))
+        first = asked(emu)["0"]
+        model[0].weight.data.mul_(2)
+        start = emu.snapshot()
+        model(inputs(2, 40))
+        assert emu.receipts(since=start)[0].requested_sigma == pytest.approx(first)  # fixed when the step begins
+        emu.begin_step(1, 2)
+        start = emu.snapshot()
+        model(inputs(2, 40))
+        assert emu.receipts(since=start)[0].requested_sigma == pytest.approx(2 * first)
+
+
+def test_a_frozen_weight_counts_as_the_cast_that_it_holds() -> None:
+    model = mlp(frozen=True)
+    aqn = AQN(Constant(0.02), targets="linear", relative_to="rms", phases=ALL)
+    with aqnsim.emulate(model, "mxfp4-w4a16", aqn=aqn) as emu:
+        emu.begin_step(0, 1)
+        model(inputs(2, 40))
+        held = model[0].weight.double().square().mean().sqrt()
+        assert asked(emu)["0"] == pytest.approx(0.02 * float(held))
+        with emu.off(), pytest.raises(ConfigError, match=r"begin_step inside of off\(\)"):
+            emu.begin_step(0, 1)
+
+
+def test_a_sharded_weight_counts_as_a_whole(tmp_path: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = mlp()
+    expected = float(model[0].weight.detach().double().square().mean().sqrt())
+    aqn = AQN(Constant(0.02), targets=("0",), relative_to="rms")
+    emu = aqnsim.emulate(model, "ideal", aqn=aqn)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)]))
+        emu.begin_step(0, 1)
+        assert emu.noise is not None
+        assert emu.noise.sigmas == {"0": pytest.approx(0.02 * expected)}
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# ---- a run of steps ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", aqnsim.aqn.PRESETS)
+@pytest.mark.parametrize("under", ["ideal", "mxfp4-w4a4"])
+def test_a_preset_runs_from_its_first_step_to_its_last(name: str, under: str) -> None:
+    model, aqn = llama(frozen=True), preset(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    found = []
+    with aqnsim.emulate(model, under, aqn=aqn) as emu:
+        held = {n: p.detach().clone() for n, p in model.named_parameters()}
+        for step in range(20):
+            emu.begin_step(step, 20)
+            start = emu.snapshot()
+            with emu.phase("rollout"):
+                forward(model)
+            forward(model)
+            noise = [r for r in emu.receipts(since=start) if r.stream == "aqn"]
+            found.append({r.requested_sigma for r in noise})
+            assert len(noise) == (5 if step >= 2 else 0)
+            assert all(r.phase == "rollout" for r in noise)
+        assert all(same_bits(p.detach(), held[n]) for n, p in model.named_parameters())
+        assert "AQN added in place would change" in str(emu.report())
+    assert all(same_bits(p.detach(), before[n]) for n, p in model.named_parameters())
+    for step, sigmas in enumerate(found):
+        assert all(s == pytest.approx(aqn.schedule.sigma(step, 20)) for s in sigmas)
+    assert len({round(s, 9) for sigmas in found for s in sigmas}) == 9
+
+
+def test_noise_acts_in_its_phases_and_is_drawn_anew_in_each() -> None:
+    model, x = mlp(), inputs(3, 40)
+    clean = model(x)
+    with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1), targets="linear", phases=("rollout", "eval"))) as emu:
+        emu.begin_step(0, 1)
+        seen = {}
+        for phase in PHASES[1:]:
+            with emu.phase(phase):
+                seen[phase] = model(x)
+                with emu.off():
+                    assert same_bits(model(x).detach(), clean.detach())
+        assert {r.phase for r in emu.receipts()} == {"rollout", "eval"}
+        assert {r.stream for r in emu.receipts()} == {"aqn"}
+    assert all(same_bits(seen[p].detach(), clean.detach()) for p in ("train", "reference"))
+    assert not torch.equal(seen["rollout"], clean)
+    assert not torch.equal(seen["rollout"], seen["eval"])
+
+
+def test_a_copy_of_the_model_has_the_same_noise_and_reports_it() -> None:
+    model, x = mlp(), inputs(3, 40)
+    with aqnsim.emulate(model, "mxfp4-w4a16", aqn=AQN(Constant(0.1), targets="linear", phases=ALL)) as emu:
+        emu.begin_step(0, 1)
+        twin = copy.deepcopy(model)
+        assert same_bits(twin(x).detach(), model(x).detach())
+        assert {r.calls for r in emu.receipts() if r.stream == "aqn"} == {2}
+
+
+def test_the_audit_of_a_strict_attach_needs_no_step() -> None:
+    model = llama()
+    aqn = AQN(Constant(0.1), targets=("linear", "rmsnorm"), exclude=("lm_head",), phases=ALL)
+    with aqnsim.emulate(model, "mxfp4-w4a4", aqn=aqn, strict=True) as emu:
+        assert emu.receipts() == []
+        emu.begin_step(0, 1)
+        forward(model)
+        assert {r.calls for r in emu.receipts() if r.stream == "aqn"} == {1}
+
+
+# ---- recomputation and compilation -----------------------------------------------------------------------------------
+
+NOISY = AQN(Constant(0.01), targets=("rmsnorm", "linear"), exclude=("lm_head",), phases=("rollout",))
+
+
+def two_steps(model: nn.Module, emu: Emulation) -> list[Tensor]:
+    """Forwards at two steps before the backward of both, in another phase."""
+    losses = []
+    for step in (0, 1):
+        emu.begin_step(step, 9)
+        with emu.phase("rollout"):
+            losses.append(model(input_ids=tokens(seed=step), labels=tokens(seed=step)).loss)
+    found = []
+    for loss in losses:
+        loss.backward()
+        found += [loss.detach(), *gradients(model)]
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", ["ideal", "mxfp4-w4a4"])
+def test_recomputed_layers_have_the_noise_of_their_forward(name: str, reentrant: bool) -> None:
+    results = []
+    for recomputes in (False, True):
+        model = llama().train()
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        with aqnsim.emulate(model, name, seed=3, aqn=NOISY) as emu:
+            results.append(two_steps(model, emu))
+    assert_all_same(*results)
+
+
+def test_a_recomputation_that_does_not_know_its_step_is_refused() -> None:
+    model, x = mlp(), inputs(3, 40).requires_grad_()
+    with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1), targets="linear")) as emu:
+        emu.begin_step(0, 1)
+        with emu.phase("rollout"):
+            plain = checkpoint(model, x, use_reentrant=False).sum()
+            known = checkpoint(model, x, use_reentrant=False, context_fn=emu.recompute_context).sum()
+        with pytest.raises(ConfigError, match=r"context_fn=emulation\.recompute_context"):
+            plain.backward()
+        known.backward()
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_a_compiled_model_has_the_same_noise_and_one_graph_for_each_sigma() -> None:
+    schedule = Custom(((0, 0.0), (1, 0.02), (3, 0.01)), unit="step")
+    aqn = dataclasses.replace(NOISY, schedule=schedule, phases=ALL, relative_to="rms")
+    results, receipts, graphs = [], [], []
+    for compiled in (False, True):
+        model, ids = llama(), tokens()
+        model.model.layers = model.model.layers[:1]
+        with aqnsim.emulate(model, MIXED, seed=3, aqn=aqn) as emu:
+            counter = CompileCounterWithBackend("aot_eager")
+            if compiled:
+                model.compile(backend=counter, fullgraph=True)
+            found = []
+            for step in (1, 2, 3, 1):
+                emu.begin_step(step, 5)
+                model.zero_grad()
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss.backward()
+                found += [loss.detach(), *gradients(model)]
+                graphs.append(counter.frame_count)
+            results.append(found)
+            receipts.append(emu.receipts())
+    assert_all_same(*results)
+    assert receipts[0] == receipts[1]
+    assert graphs[4:] == [1, 1, 2, 2]
+
+
+# ---- what an implementation in place would keep ----------------------------------------------------------------------
+
+
+def test_survival_is_that_of_the_weights_in_their_own_dtype() -> None:
+    model = llama(torch.bfloat16)
+    schedule = KStage(0.01, 0.0001, 4)
+    emu = aqnsim.emulate(model, "ideal", aqn=AQN(schedule))
+    found = emu.survival(40)
+    assert [(s.first, s.last) for s in found] == [(0, 9), (10, 19), (20, 29), (30, 39)]
+    assert [s.sigma for s in found] == pytest.approx([0.0, 0.01, 0.001, 0.0001])
+    assert [s.share for s in found] == pytest.approx([survives(s.sigma, [1.0], "bf16") for s in found])
+    assert found[1].share > 0.7
+    assert found[3].share < 1e-6
+    with pytest.raises(ConfigError, match="survival: give total_steps"):
+        emu.survival()
+    with pytest.raises(ConfigError, match="survival: no AQN"):
+        aqnsim.emulate(mlp(), "mxfp4-w4a16").survival(4)
+
+
+def test_survival_counts_each_weight_with_its_own_sigma_and_size() -> None:
+    model = mlp(torch.bfloat16)
+    aqn = AQN(Constant(0.001), targets="linear")
+    emu = aqnsim.emulate(model, "ideal", aqn=aqn)
+    values = [model[i].weight.detach().reshape(-1) for i in (0, 2)]
+    shares = [survives(0.001, v.tolist(), "bf16") for v in values]
+    sizes = [v.numel() for v in values]
+    (found,) = emu.survival(7)
+    assert (found.first, found.last, found.sigma) == (0, 6, 0.001)
+    assert found.share == pytest.approx(sum(a * b for a, b in zip(shares, sizes, strict=True)) / sum(sizes))
+    draws = torch.randn(50, values[0].numel(), generator=torch.Generator().manual_seed(0)) * 0.001
+    changed = float(((values[0].float() + draws).bfloat16() != values[0]).double().mean())
+    assert changed == pytest.approx(shares[0], abs=5 * math.sqrt(0.25 / draws.numel()))
+    relative = dataclasses.replace(aqn, relative_to="rms")
+    emu.restore()
+    (scaled,) = aqnsim.emulate(model, "ideal", aqn=relative).survival(7)
+    assert scaled.sigma == pytest.approx(max(0.001 * float(v.double().square().mean().sqrt()) for v in values))
+
+
+def test_zones_share_the_rows_of_the_run() -> None:
+    step = Custom(((0, 0.01), (5, 0.001)), unit="step")
+    emu = aqnsim.emulate(llama(torch.bfloat16), "ideal", aqn=AQN(Constant(0.002), zones=(Zone(0, 0, schedule=step),)))
+    assert [(s.first, s.last, s.sigma) for s in emu.survival(8)] == [(0, 4, 0.01), (5, 7, 0.002)]
+
+
+def test_the_report_names_the_steps_whose_noise_would_be_lost() -> None:
+    model = llama(torch.bfloat16)
+    with aqnsim.emulate(model, "ideal", aqn=AQN(KStage(0.01, 0.0001, 4), phases=ALL)) as emu:
+        assert emu.report().survival == ()
+        emu.begin_step(10, 40)
+        forward(model)
+        report = emu.report()
+    line = "AQN added in place would change 0.0% of the stored weights in steps 30 to 39, where sigma is 0.0001"
+    assert str(report).splitlines()[-1] == line
+    assert report.to_dict()["survival"][0] == {"first": 0, "last": 9, "sigma": 0.0, "share": 0.0}
+    assert len(report.to_dict()["survival"]) == 4
+
+
+# ---- noise that would be absent in silence ---------------------------------------------------------------------------
+
+
+def test_a_linear_layer_that_no_rollout_called_fails() -> None:
+    model = mlp()
+    emu = aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1), targets="linear"))
+    emu.begin_step(0, 1)
+    with emu.phase("rollout"):
+        model[0](inputs(2, 40))
+    with pytest.raises(
+        RealisationError, match=r"AQN reached no forward of '2'.*the linear was never called in phase ro"
+    ):
+        emu.check()
+
+
+def test_a_rollout_before_the_first_step_fails() -> None:
+    model = mlp()
+    emu = aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1), targets="linear"))
+    model(inputs(2, 40))  # no phase of the noise
+    with emu.phase("rollout"), pytest.raises(RealisationError, match="call begin_step"):
+        model(inputs(2, 40))
+
+
+def test_a_sigma_that_a_stored_linear_weight_cannot_hold_fails() -> None:
+    model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    model[0].weight.data.fill_(1.0)
+    emu = aqnsim.emulate(model, "ideal", aqn=AQN(Constant(1e-5), targets="linear", phases=ALL))
+    emu.begin_step(0, 1)
+    model(inputs(2, 64, dtype=torch.bfloat16))
+    with pytest.raises(RealisationError, match="on its aqn changed no value"):
+        emu.check()
+
+
+def test_steps_leave_no_noise_behind_in_the_weights() -> None:
+    """Noise was added to stored weights in place, and those of one step were still there in the next."""
+    model, x = mlp(frozen=True), inputs(3, 40)
+    with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1), targets="linear", phases=ALL)) as emu:
+        outputs = []
+        for step in (0, 1, 2, 0):
+            emu.begin_step(step, 3)
+            outputs.append(model(x))
+    assert same_bits(outputs[3], outputs[0])
+    spread = [float((y - model(x)).square().mean().sqrt()) for y in outputs]
+    assert max(spread) < 1.5 * min(spread)
+
+
+def test_layers_that_are_targeted_differ_in_effect_from_all_of_them() -> None:
+    """Lists of layers and of excluded names were dropped on their way: several runs were one and the same."""
+    outputs = []
+    for aqn in (
+        AQN(Constant(0.1), phases=ALL),
+        AQN(Constant(0.1), phases=ALL, **aqnsim.aqn.targeted([1])),
+        AQN(Constant(0.1), phases=ALL, exclude=("post_attention_layernorm",)),
+        AQN(Constant(0.1), phases=ALL, targets=("layers.1.*", "rmsnorm")),
+    ):
+        model = llama()
+        with aqnsim.emulate(model, "ideal", aqn=aqn) as emu:
+            emu.begin_step(0, 1)
+            outputs.append(forward(model))
+            assert len(asked(emu)) == len(noised(emu))
+    assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])

@@ -342,11 +342,8 @@ class Emulation:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold for a resumed run to end with the same receipts."""
-        peaks = self.noise.peaks if self.noise is not None else {}
-        return {
-            "totals": self.totals.clone(),
-            "sigmas": torch.tensor([peaks[i] for i in sorted(peaks)], dtype=torch.float64),
-        }
+        peaks = [] if self.noise is None else list(self.noise.peaks.values())
+        return {"totals": self.totals.clone(), "sigmas": torch.tensor(peaks, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state_dict` of an emulation of the same model and profile.
@@ -361,7 +358,7 @@ class Emulation:
             )
         self.totals.copy_(state["totals"])
         if self.noise is not None:
-            self.noise.peaks = dict(zip(sorted(self.noise.peaks), state["sigmas"].tolist(), strict=True))
+            self.noise.peaks = dict(zip(self.noise.peaks, state["sigmas"].tolist(), strict=True))
 
     def save_pretrained(
         self,

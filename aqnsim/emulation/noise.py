@@ -25,20 +25,20 @@ class WeightNoise:
     Attributes:
         aqn: what noise.
         sites: those that it reaches.
-        sigmas: by the site's index, at this step, in units of the weight; None before the first step.
-        peaks: the largest sigma of any step, by the site's index.
+        sigmas: by the site's name, at this step, in units of the weight; None before the first step.
+        peaks: the largest sigma of any step, by the site's name.
     """
 
     def __init__(self, aqn: AQN) -> None:
         self.aqn = aqn
         self.sites: list[Site] = []
-        self.sigmas: dict[int, float] | None = None
-        self.peaks: dict[int, float] = {}
-        self._errors: dict[int, str] = {}  # texts, as a compiled forward can be specialised on them
+        self.sigmas: dict[str, float] | None = None
+        self.peaks: dict[str, float] = {}
+        self._errors: dict[str, str] = {}  # texts, as a compiled forward can be specialised on them
 
     def add(self, site: Site) -> None:
         self.sites.append(site)
-        self.peaks[site.index] = 0.0
+        self.peaks[site.name] = 0.0
 
     def begin_step(self, step: int, total_steps: int) -> None:
         """Set every sigma; the root mean squares of weights are taken now, so that no forward waits for a device."""
@@ -46,9 +46,9 @@ class WeightNoise:
         self.sigmas = {}
         for site in self.sites:
             sigma = self.aqn.sigma(site.name, step, total_steps)
-            self.sigmas[site.index] = sigma * rms(site) if sigma and relative else sigma
-        self._errors = {i: str(AbsoluteGaussian(sigma)) if sigma else "" for i, sigma in self.sigmas.items()}
-        self.peaks = {i: max(peak, self.sigmas[i]) for i, peak in self.peaks.items()}
+            self.sigmas[site.name] = sigma * rms(site) if sigma and relative else sigma
+        self._errors = {name: str(AbsoluteGaussian(sigma)) if sigma else "" for name, sigma in self.sigmas.items()}
+        self.peaks = {name: max(peak, self.sigmas[name]) for name, peak in self.peaks.items()}
 
     def at(self, site: Site, phase: str) -> str:
         """The error model of the noise on a site's weight, now; empty for none.
@@ -62,14 +62,14 @@ class WeightNoise:
             raise RealisationError(
                 "AQN was asked for but its schedule never advanced: call begin_step(step, total_steps) at each step"
             )
-        return self._errors[site.index]
+        return self._errors[site.name]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run a block without noise."""
         before = self.sigmas, self._errors
-        self.sigmas = {site.index: 0.0 for site in self.sites}
-        self._errors = {site.index: "" for site in self.sites}
+        self.sigmas = {site.name: 0.0 for site in self.sites}
+        self._errors = {site.name: "" for site in self.sites}
         try:
             yield
         finally:
@@ -87,7 +87,7 @@ class WeightNoise:
         if self.sigmas is None:
             raise RealisationError(f"{self.aqn.schedule} never advanced: begin_step was not called")
         for site in self.sites:
-            schedule, peak = self.aqn.schedule_of(site.name), self.peaks[site.index]
+            schedule, peak = self.aqn.schedule_of(site.name), self.peaks[site.name]
             if not peak:
                 zone = self.aqn.zone_of(site.name)
                 own = zone is not None and zone.schedule is not None
