@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aqnsim.emulation.core import Emulation
 
 _CALLS = STATS.index("calls")
+_WEIGHT_CAST, _AQN = STREAMS.index("weight"), STREAMS.index("aqn")
 _NOTHING = ["", "", ""]
 _FORWARD = slice(1, 4)  # the streams input, output and output-cast
 _BACKWARD = slice(5, 8)  # grad-input.grad, grad-input, grad-input-cast
@@ -31,7 +32,7 @@ class _Plan:
     text: str
     is_empty: bool
     draws: bool
-    casts_weight: bool
+    weight: str
     only_weight: bool
     counts_output: bool
     approximation: str
@@ -49,7 +50,7 @@ class _Plan:
             text=spec.text,
             is_empty=spec.is_empty,
             draws=spec.draws,
-            casts_weight=forward.weight is not None,
+            weight=forward.weight or "",
             only_weight=spec.only_weight,
             counts_output=not any((forward.input, forward.weight, forward.error, forward.output)),
             approximation=forward.approximation or "",
@@ -101,6 +102,20 @@ class Binding:
             return False
         self.emulation.check_moment()
         return True
+
+    @property
+    def noise(self) -> str:
+        """The error model of AQN's noise on the weight, now; empty for none."""
+        e = self.emulation
+        if e.noise is None or e.is_off or not self.site.takes_noise:
+            return ""
+        e.check_moment()
+        return e.noise.at(self.site, e.current_phase)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the op is emulated now, or its weight noisy."""
+        return self.acts or bool(self.noise)
 
     @property
     def draws(self) -> bool:
@@ -167,7 +182,7 @@ class Binding:
 
     def casts_weight(self, weight: Tensor) -> bool:
         """Whether the forward casts the weight: yes while it trains, no once cast(W) is written."""
-        if not self.plan.casts_weight:
+        if not self.plan.weight:
             return False
         if self.materialised and weight.requires_grad:
             raise ConfigError(
@@ -186,8 +201,13 @@ class Binding:
         cast_weight = self.casts_weight(weight)
         x, weight = autocasted(x, weight)
         bias = None if bias is None else autocasted(bias)[0]
-        if plan.only_weight and not cast_weight:
+        if plan.weight and not cast_weight:
             self.count_call("weight")
+        if self.noise:
+            if cast_weight:
+                weight = self._cast_weight(weight, part)
+            weight, cast_weight = self.noisy(weight, part), False
+        if (plan.only_weight or plan.is_empty) and not cast_weight:
             flat = x.reshape(-1, x.shape[-1]).contiguous()
             out = torch.nn.functional.linear(flat, weight, bias)
             return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -203,11 +223,25 @@ class Binding:
             receipt,
         )
         torch.ops.aqnsim.record(receipt[:4], result[1])
-        if not cast_weight and plan.casts_weight:
-            self.count_call("weight")
-        elif plan.counts_output:  # only gradients miss: no stream has counted this call
+        if plan.counts_output:  # only gradients miss: no stream has counted this call
             self.count_call("output")
         return result[0]
+
+    def _cast_weight(self, weight: Tensor, part: int) -> Tensor:
+        """``cast(W)``, straight-through: what ``linear`` does itself where no noise comes after it."""
+        cast: tuple[Tensor, Tensor] = torch.ops.aqnsim.cast(
+            weight, self.plan.weight, -1, self.keys_of(part=part)[_WEIGHT_CAST], self.emulation.clock, None, True
+        )
+        torch.ops.aqnsim.record(self.receipt()[_WEIGHT_CAST], cast[1])
+        return cast[0]
+
+    def noisy(self, weight: Tensor, part: int = 0) -> Tensor:
+        """``w + sigma z`` in fp32, then the dtype of ``w``; straight-through."""
+        noisy: tuple[Tensor, Tensor] = torch.ops.aqnsim.perturb(
+            weight, self.noise, self.keys_of(part=part)[_AQN], self.emulation.clock, None, None, True
+        )
+        torch.ops.aqnsim.record(self.receipt()[_AQN], noisy[1])
+        return noisy[0]
 
     def matmul(
         self,
@@ -242,10 +276,3 @@ class Binding:
         if self.plan.counts_output:
             self.count_call("output")
         return result[0]
-
-    def aqn_sigma(self) -> float:
-        """AQN's sigma at this site, now; 0 outside the noise's phases."""
-        e = self.emulation
-        if e.is_off or e.aqn is None or e.current_phase not in e.aqn.phases:
-            return 0.0
-        return e.sigma * e.aqn.multiplier(self.site.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,7 +219,8 @@ def _emulated(emulation: Emulation, kwargs: Mapping[str, Any]) -> tuple[Audit, t
     acting = [s for s in emulation.sites if not s.specs[emulation.current_phase].is_empty]
     audit = Audit(kwargs, {s.module: _scope_kind(s.kind, s.module) for s in acting if s.ordinal is None})
     state, moment = emulation.state_dict(), emulation.moment
-    with emulation.at(moment), audit.listening(emulation.model, lambda f, i, *_: f.acting_kind(i)):
+    quiet = nullcontext() if emulation.noise is None else emulation.noise.paused()
+    with emulation.at(moment), quiet, audit.listening(emulation.model, lambda f, i, *_: f.acting_kind(i)):
         run_example(emulation.model, kwargs)
     counted = emulation.totals - state["totals"]
     emulation.load_state_dict(state)
