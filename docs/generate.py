@@ -17,7 +17,7 @@ from pathlib import Path
 import families
 import numerics
 
-from aqnsim import errors
+from aqnsim import accumulator, errors
 from aqnsim._errors import AqnsimError, ConfigError, unknown
 from aqnsim.cli.output import Table
 from aqnsim.cli.tables import backend_table, format_table, profile_table
@@ -37,6 +37,15 @@ def error_table() -> Table:
     return rows
 
 
+def unit_table() -> Table:
+    """Every matrix unit: the formats it is for, its accumulator and where the figures come from."""
+    rows: Table = [("unit", "formats", "accumulator", "verified", "source")]
+    for name, unit in accumulator.MATRIX_UNITS.items():
+        text = str(unit.accumulator).removeprefix("accumulator")[1:-1]
+        rows.append((name, ", ".join(unit.formats), text, "yes" if unit.verified else "no", unit.source))
+    return rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "backends": backend_table,
     "coverage": families.coverage_table,
@@ -49,6 +58,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "profiles": profile_table,
     "scales": numerics.scale_table,
     "ties": numerics.tie_table,
+    "units": unit_table,
 }
 
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aqnsim import reference
+from aqnsim import accumulator, reference
 from aqnsim.backends import Backend, register
-from aqnsim.backends.checks import check_dtype, check_rows, check_step, shape_in_rows
+from aqnsim.backends.checks import check_dtype, check_gemm, check_rows, check_step, shape_in_rows
 from aqnsim.backends.compose import compositions
 from aqnsim.errors import RelativeGaussian, parse
 from aqnsim.formats import AnyFormat, BlockFormat, element_of, get
@@ -137,10 +137,21 @@ def perturb(
     return out, stats
 
 
+def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
+    check_gemm(a, b)
+    return _tensor(reference.gemm(_numpy(a), _numpy(b), accumulator.get(text)))
+
+
 BACKEND = register(
     Backend(
         name="reference",
         devices=("cpu",),
-        ops={"cast": cast, "quantize": quantize, "perturb": perturb, **compositions(cast, perturb)},
+        ops={
+            "cast": cast,
+            "quantize": quantize,
+            "perturb": perturb,
+            "gemm": gemm,
+            **compositions(cast, perturb, gemm),
+        },
     )
 )

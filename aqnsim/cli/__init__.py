@@ -15,7 +15,7 @@ import typer
 
 from aqnsim import formats, profiles
 from aqnsim._errors import AqnsimError, ConfigError
-from aqnsim.cli import pages, tables
+from aqnsim.cli import noise, pages, tables
 from aqnsim.cli.output import Section, print_json, progress, show, whole_file
 
 DEFAULT_PLOT = Path("formats.png")
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 profile_app = typer.Typer(help="List or show the profiles.", rich_markup_mode=None)
 app.add_typer(profile_app, name="profile")
+app.command("aqn")(noise.aqn_command)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -12,6 +12,7 @@ from torch import nn
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.aqn import AQN, layer_of
+from aqnsim.emulation import approximate
 from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.binding import Binding
@@ -177,7 +178,7 @@ def _attach(emulation: Emulation, planned: list[Site]) -> None:
         if bindings:
             _attach_functions(emulation, module, bindings)  # type: ignore[arg-type]
     for module in _recomputed(emulation.model) if planned else ():
-        emulation.swap(module, em.emulated_class(em.Recomputed, type(module)), {"aqnsim_emulation": emulation})
+        emulation.swap(module, em.recomputed_class(type(module)), {"aqnsim_emulation": emulation})
 
 
 def _key_of(site: Site) -> str:
@@ -202,8 +203,12 @@ def _attach_module(emulation: Emulation, module: nn.Module, bindings: dict[str, 
         mixin = em.EmulatedLinear if isinstance(module, nn.Linear) else em.EmulatedTransposedLinear
     elif kind == "norm":
         mixin, attributes["aqnsim_norm"] = em.EmulatedNorm, st.norm_of(module)
+    elif kind == "embedding":
+        mixin = em.EmulatedEmbedding
     else:
-        mixin = em.EmulatedEmbedding if kind == "embedding" else em.EmulatedElementwise
+        mixin, site = em.EmulatedElementwise, next(iter(bindings.values())).site
+        texts = {s.forward.approximation for s in site.specs.values() if s.forward.approximation}
+        attributes["aqnsim_tables"] = {t: approximate.of_activation(module, site.name, t) for t in texts}
     new = em.EmulatedLinear if cls is nn.Linear else em.emulated_class(mixin, cls)
     emulation.swap(module, new, attributes)
 

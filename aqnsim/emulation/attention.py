@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aqnsim import functions
 from aqnsim._errors import ConfigError
 from aqnsim.emulation.binding import Binding
 
@@ -141,10 +142,12 @@ class Attention:
         entered = scores if b is None else b.enter(scores, 0, rows)
         if softcap is not None:
             entered = torch.tanh(entered / softcap) * softcap
-        entered = entered if mask is None else entered + mask
+        masked = entered if mask is None else entered + mask
         if sinks is not None:
-            entered = torch.cat([entered, sinks.float().reshape(1, -1, 1, 1).expand(*entered.shape[:-1], 1)], -1)
-        weights = torch.softmax(entered, -1)[..., : scores.shape[-1]]
+            masked = torch.cat([masked, sinks.float().reshape(1, -1, 1, 1).expand(*masked.shape[:-1], 1)], -1)
+        tables = "" if b is None else b.plan.approximation
+        weights = functions.softmax(masked, -1, tables) if tables else torch.softmax(masked, -1)
+        weights = weights[..., : scores.shape[-1]]
         if b is None:
             return weights
         weights = b.leave(weights, torch.float32, 0, rows)

@@ -34,6 +34,7 @@ class _Plan:
     casts_weight: bool
     only_weight: bool
     counts_output: bool
+    approximation: str
     entering: tuple[list[str], list[str]]
     weight_entering: tuple[list[str], list[str]]
     leaving: tuple[list[str], list[str]]
@@ -50,7 +51,8 @@ class _Plan:
             draws=spec.draws,
             casts_weight=forward.weight is not None,
             only_weight=spec.only_weight,
-            counts_output=not forward.asked,
+            counts_output=not any((forward.input, forward.weight, forward.error, forward.output)),
+            approximation=forward.approximation or "",
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
             weight_entering=(steps(None, None, None), steps(None, grad_weight.error, grad_weight.output)),
             leaving=(steps(None, forward.error, forward.output), steps(grad_input.grad, None, None)),
@@ -65,6 +67,8 @@ class Binding:
         self.materialised = False
         self._keys: dict[tuple[int, int], list[int]] = {}
         self.keys = self.keys_of()
+        for operand in (1, 2):  # now, as a compiled forward can look keys up but not hash
+            self.keys_of(operand)
         self._plans = {phase: _Plan.of(spec) for phase, spec in site.specs.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
@@ -85,7 +89,10 @@ class Binding:
     @property
     def acts(self) -> bool:
         """Whether the op is emulated now."""
-        return not self.emulation.is_off and not self.plan.is_empty
+        if self.emulation.is_off or self.plan.is_empty:
+            return False
+        self.emulation.check_moment()
+        return True
 
     @property
     def draws(self) -> bool:
@@ -123,6 +130,8 @@ class Binding:
         self, y: Tensor, dtype: torch.dtype, operand: int = 0, rows: Tensor | None = None, part: int = 0
     ) -> Tensor:
         """A result: the error, in fp32, then its cast, then ``dtype``; the gradient is cast as it comes in."""
+        if self.plan.counts_output and not operand:  # no stream of the forward counts this call
+            self.count_call("output")
         keys = self.keys_of(operand, part)
         return self._stage(y, self.plan.leaving, dtype, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 

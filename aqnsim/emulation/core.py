@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError, RealisationError, unknown
 from aqnsim.aqn import AQN
+from aqnsim.emulation import checkpoint
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
+from aqnsim.report import Report
 from aqnsim.rng import MAX_SEQUENCE_BITS, check_step, clock, key_of
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ _DIRECTIONS = (  # a direction of the OpSpec, the prefix of its streams, and for
     ("grad_weight", "grad-weight", {".input": "input", ".grad": "grad", "": "error", "-cast": "output"}),
 )
 _FIELDS = {prefix + s: (part, name) for part, prefix, streams in _DIRECTIONS for s, name in streams.items()}
-_ERRORS = ("output", "grad-input", "grad-weight", "aqn")
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class _Frozen:
     master: Tensor
     value: Tensor
     digest: int
+    cast: Callable[[], Tensor]
 
     def check(self) -> None:
         """Refuse to put the master back over something that was written since."""
         if _digest(self.weight.data) != self.digest:
             raise ConfigError(
                 f"the frozen weight of {self.site!r} was changed since the profile was attached (a merged adapter, a "
-                "loaded state dict?): going back to the clean weight would lose that; unmerge or reload first"
+                "loaded state dict?): going back to the clean weight would lose that; restore(keep_weights=True) keeps "
+                "what is there, refresh_weights() writes cast(W) again, as after unmerging"
             )
 
 
@@ -116,6 +120,7 @@ class Emulation:
         self.total_steps: int | None = None
         self.tracks_rows = False
         self.is_off = False
+        self.recomputes = False
         self.totals = torch.zeros(0, len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64)
         self._phase = "train"
         self._rows: Rows | Tensor | None = None
@@ -185,6 +190,7 @@ class Emulation:
         if self.is_off:
             yield self
             return
+        self._check_frozen()
         self.is_off = True
         self._hold(masters=True)
         try:
@@ -265,12 +271,35 @@ class Emulation:
         """
         if moment.is_off != self.is_off:
             raise ConfigError("a forward is recomputed after off() began or ended: do its backward before")
-        before = self.moment
+        before, was_recomputing = self.moment, self.recomputes
         self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        self.recomputes = True
         try:
             yield
         finally:
             self._phase, self.clock, self._rows = before.phase, before.clock, before.rows
+            self.recomputes = was_recomputing
+
+    def recompute_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """The ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the second run is at the first's moment.
+
+        Only for a checkpoint that you call, such as ``checkpoint(layer, x, use_reentrant=False,
+        context_fn=emu.recompute_context)``; layers under ``model.gradient_checkpointing_enable()`` know their moment.
+        """
+        return nullcontext(), self.at(self.moment)
+
+    def check_moment(self) -> None:
+        """Refuse a forward inside a backward that does not say whose it repeats: its noise could be another's.
+
+        Raises:
+            ConfigError: a checkpoint that the emulation does not know of.
+        """
+        if not self.recomputes and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise ConfigError(
+                "an emulated op is recomputed in a backward and cannot know the step, phase and sequences of its "
+                "forward: call checkpoint(..., use_reentrant=False, context_fn=emulation.recompute_context), or "
+                "model.gradient_checkpointing_enable()"
+            )
 
     # ---- receipts --------------------------------------------------------------------------------------------------
 
@@ -322,22 +351,57 @@ class Emulation:
         self.totals.copy_(state["totals"])
         self._sigmas = set(state["sigmas"].tolist())
 
-    def report(self) -> str:
-        """The receipts as a table, requested beside realised."""
-        head = f"profile {self.profile.name} ({self.profile.fingerprint}), {len(self.sites)} sites, seed {self.seed}"
-        if not self.sites:
-            return f"{head}: nothing is emulated"
-        return f"{head}\n{rc.table(self.receipts())}"
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        frozen: Literal["master", "cast"],
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the model as transformers does, and beside it ``aqnsim.json``: under which profile it was run.
 
-    def check(self, backward: bool = False) -> None:
+        Args:
+            path: the checkpoint's folder.
+            frozen: what frozen weights are saved as: ``master``, what they were before the profile was attached, or
+                ``cast``, what they hold: cast(W), and cast(W) + BA after merging an adapter. A weight that trains is
+                saved as its master.
+            model: what to save in place of the emulated model, such as what ``merge_and_unload()`` returned.
+            kwargs: for the model's own ``save_pretrained``.
+
+        Raises:
+            ConfigError: ``frozen`` is neither; masters of weights that were changed since.
+        """
+        checkpoint.save(self, model or self.model, Path(path), frozen, kwargs)
+
+    def check_checkpoint(self, path: str | Path, *, other_profile: bool = False) -> None:
+        """Refuse a checkpoint of another profile than this emulation's.
+
+        Args:
+            path: a folder that :meth:`save_pretrained` wrote, from which the model was loaded.
+            other_profile: accept another profile: the model shall run on other hardware than it was trained on.
+
+        Raises:
+            ConfigError: no record; another profile; frozen weights saved as cast(W) that a second cast changed.
+        """
+        checkpoint.check(self, Path(path), other_profile)
+
+    def report(self, since: ReceiptTotals | None = None) -> Report:
+        """The receipts, requested beside realised: printed it is a table; see :class:`aqnsim.report.Report`."""
+        receipts = tuple(self.receipts(since))
+        return Report(self.profile.name, self.profile.fingerprint, self.seed, len(self.sites), receipts)
+
+    def check(self, backward: bool = False, false_alarm: float = 1e-6) -> None:
         """Fail where something was requested and did not happen.
 
         Args:
             backward: also require that the gradient errors of every rule were injected somewhere.
+            false_alarm: probability with which a sigma that was injected as asked may fail nonetheless.
 
         Raises:
             RealisationError: a site that was never called, an error that changed no value, an AQN schedule that never
-                advanced, stayed at 0 or reached no norm. The message names the site or the schedule.
+                advanced, stayed at 0 or reached no norm, a sigma that is not the one asked for. The message names the
+                site or the schedule.
         """
         calls = self.totals[..., _CALLS]
         for site in self.sites:
@@ -355,6 +419,8 @@ class Emulation:
             self._check_backward(calls)
         if self.aqn is not None:
             self._check_aqn(calls)
+        if violations := self.report().violations(false_alarm):
+            raise RealisationError("; ".join(violations))
 
     def _check_backward(self, calls: Tensor) -> None:
         for i, rule in enumerate(self.profile.rules):
@@ -383,14 +449,18 @@ class Emulation:
                 )
 
     def _is_error(self, site: Site, stream: str) -> bool:
-        return stream in _ERRORS and any(self._requested(site, stream, phase) != "-" for phase in site.specs)
+        if stream == "aqn":
+            return True
+        part, name = _FIELDS[stream]
+        return name == "error" and any(getattr(spec, part).error for spec in site.specs.values())
 
     def _requested(self, site: Site, stream: str, phase: str) -> str:
         if stream == "aqn":
             return "absolute-gaussian(schedule)"
         part, name = _FIELDS[stream]
-        spec = site.specs["train" if phase == "attach" else phase]
-        return getattr(getattr(spec, part), name) or "-"
+        asked = getattr(site.specs["train" if phase == "attach" else phase], part)
+        names = ("accumulator", "approximation", "error") if name == "error" else (name,)
+        return ", ".join(text for text in (getattr(asked, n, None) for n in names) if text) or "-"
 
     def _rule_text(self, site: Site) -> str:
         return f"rule {site.rule + 1} of {self.profile.name!r}" if site.rule is not None else "AQN"
@@ -436,16 +506,39 @@ class Emulation:
         """Write cast(W) into a frozen weight, once, and keep the master."""
         fmt = site.spec.forward.weight
         master = weight.data
-        key = key_of(self.seed, site.name, "weight")
-        value, stats = torch.ops.aqnsim.cast(master, fmt, site.weight_axis, key, self.clock, None, True)
+        cast = partial(
+            torch.ops.aqnsim.cast,
+            master,
+            fmt,
+            site.weight_axis,
+            key_of(self.seed, site.name, "weight"),
+            self.clock,
+            None,
+        )
+        value, stats = cast(True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
-        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value)))
+        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value), lambda: cast(False)[0]))
+
+    def _check_frozen(self) -> None:
+        for frozen in self._masters:
+            frozen.check()
+
+    def refresh_weights(self) -> None:
+        """Write cast(W) into every frozen weight again, over whatever was written there since.
+
+        After an adapter was unmerged: adding and taking off its product leaves rounding errors in cast(W).
+        """
+        for frozen in self._masters:
+            frozen.value.copy_(frozen.cast())  # a merge adds in place, to this tensor
+        self._hold(masters=self.is_off)
+
+    @property
+    def recast(self) -> list[str]:
+        """Sites whose frozen weight was no value of its format: the cast at the attach changed it."""
+        return [f.site for f in self._masters if _digest(f.master) != f.digest]
 
     def _hold(self, masters: bool) -> None:
-        if masters:
-            for frozen in self._masters:
-                frozen.check()
         for frozen in self._masters:
             held = frozen.master if masters else frozen.value
             frozen.weight.data = held.to(frozen.weight.device)  # the model may have moved since
@@ -460,6 +553,7 @@ class Emulation:
             ConfigError: a frozen weight was changed since the profile was attached, and is not to be kept.
         """
         if not keep_weights:
+            self._check_frozen()
             self._hold(masters=True)
         self._masters.clear()
         while self._swaps:

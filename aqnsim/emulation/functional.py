@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from aqnsim.emulation import approximate
 from aqnsim.emulation.attention import PARTS, Attention, is_attention
 from aqnsim.emulation.audit import Activations
 from aqnsim.emulation.binding import Binding
@@ -177,6 +178,8 @@ def _elementwise(b: Binding, function: Callable[..., Any], args: tuple[Any, ...]
             return a.float()
         return b.enter(a, operands.index(i), b.rows(a, heads) if a.dim() > 1 else None)  # a vector has no token
 
+    if b.plan.approximation:
+        function = approximate.of_function(function, b.plan.approximation)
     result = function(*(entered(i, a) for i, a in enumerate(args)), **{k: entered(-1, v) for k, v in kwargs.items()})
     if isinstance(result, tuple):
         return tuple(b.leave(y, dtype, i, b.rows(y, heads)) for i, y in enumerate(result))

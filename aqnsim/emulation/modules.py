@@ -6,11 +6,14 @@ Attaching swaps ``module.__class__``: parameters, state-dict keys, hooks and PEF
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aqnsim._errors import ConfigError
+from aqnsim.emulation import approximate
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation, Moment
 from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
@@ -21,7 +24,33 @@ from aqnsim.receipts import STREAMS
 _AQN = STREAMS.index("aqn")
 
 
-class EmulatedLinear(nn.Linear):
+class _Class:
+    """Makes an object of a class for a copy; refuses to be part of a pickle."""
+
+    def __init__(self, cls: type[Any]) -> None:
+        self.cls = cls
+
+    def __call__(self) -> Any:
+        return object.__new__(self.cls)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Class:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            f"an emulated {self.cls.__name__} cannot be pickled: save its state_dict(), or the model with "
+            "emulation.save_pretrained(), or restore() the emulation first"
+        )
+
+
+class Emulated:
+    """Mixed into every class that a module takes on: a copy stays emulated, a pickle is refused."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Class(type(self)), (), self.__getstate__()  # type: ignore[attr-defined]
+
+
+class EmulatedLinear(Emulated, nn.Linear):
     """A linear layer whose products run as its site's OpSpec says, forward and backward."""
 
     aqnsim_binding: Binding
@@ -33,7 +62,7 @@ class EmulatedLinear(nn.Linear):
         return site.linear(*_autocast(input, self.weight, self.bias))
 
 
-class EmulatedTransposedLinear:
+class EmulatedTransposedLinear(Emulated):
     """Mixed into a layer that computes ``x W + b`` with a weight ``[inputs, outputs]``."""
 
     aqnsim_binding: Binding
@@ -48,7 +77,7 @@ class EmulatedTransposedLinear:
         return site.linear(x, weight.t(), bias)
 
 
-class EmulatedNorm:
+class EmulatedNorm(Emulated):
     """Mixed into a norm's own class: the norm in fp32, as its site says; with AQN, of ``w + sigma z``."""
 
     aqnsim_binding: Binding
@@ -68,7 +97,8 @@ class EmulatedNorm:
             weight = None if weight is None else site.enter_weight(weight)  # type: ignore[assignment]
         if sigma:
             weight = _noisy(site, weight, sigma)  # type: ignore[arg-type, assignment]
-        y = self.aqnsim_norm(x, weight, bias)
+        tables = site.plan.approximation if site.acts else ""
+        y = approximate.norm(self.aqnsim_norm, x, weight, bias, tables) if tables else self.aqnsim_norm(x, weight, bias)
         return site.leave(y, hidden_states.dtype, 0, rows) if site.acts else y.to(hidden_states.dtype)
 
 
@@ -81,21 +111,27 @@ def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
     return noisy  # type: ignore[no-any-return]
 
 
-class EmulatedElementwise:
-    """Mixed into an activation or an embedding: what it computes, in fp32, leaves as its site says."""
+class EmulatedElementwise(Emulated):
+    """Mixed into an activation: what it computes, in fp32, leaves as its site says.
+
+    Where it is computed from tables, ``aqnsim_tables`` has its function by the tables' text.
+    """
 
     aqnsim_binding: Binding
+    aqnsim_tables: dict[str, Callable[[Tensor], Tensor]]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(input, *args, **kwargs)  # type: ignore[misc]
         rows = site.rows(input)
-        y = super().forward(site.enter(input, 0, rows), *args, **kwargs)  # type: ignore[misc]
+        function = self.aqnsim_tables.get(site.plan.approximation)
+        entered = site.enter(input, 0, rows)
+        y = function(entered) if function else super().forward(entered, *args, **kwargs)  # type: ignore[misc]
         return site.leave(y, input.dtype, 0, rows)
 
 
-class EmulatedEmbedding:
+class EmulatedEmbedding(Emulated):
     """Mixed into an embedding: the rows that it looks up leave as its site says; so does the table's gradient."""
 
     aqnsim_binding: Binding
@@ -107,7 +143,7 @@ class EmulatedEmbedding:
         return site.leave(y, y.dtype, 0, site.rows(y)) if site.acts else y
 
 
-class EmulatedExperts:
+class EmulatedExperts(Emulated):
     """Mixed into a mixture's experts: each token's products run as the sites of their parameters say.
 
     The other sites: ``multiply`` of a plain gate, or else the ``gate`` as one function; ``weigh`` by the router's
@@ -175,17 +211,18 @@ class EmulatedExperts:
         return site.leave(torch.stack(entered).sum(0), results.dtype, 0, rows)
 
 
-class Recomputed:
+class Recomputed(Emulated):
     """Mixed into a layer that gradient checkpointing may run again in the backward: it carries its moment along.
 
     transformers wraps ``__call__`` of such layers and keeps their keyword arguments for the second run, so the moment
-    is one of them.
+    is one of them. torch.compile puts both runs into one graph, where nothing can come between them.
     """
 
     aqnsim_emulation: Emulation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.gradient_checkpointing and self.training:  # type: ignore[attr-defined]
+        recomputes = self.gradient_checkpointing and self.training  # type: ignore[attr-defined]
+        if recomputes and not torch.compiler.is_compiling():
             kwargs["aqnsim_moment"] = self.aqnsim_emulation.moment
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -218,4 +255,14 @@ def rewritten_class(cls: type[nn.Module], copy: Rewritten) -> type[nn.Module]:
         run = cls.forward if self.aqnsim_functions.is_off else copy.forward
         return run(self, *args, **kwargs)
 
-    return type(f"Emulated{cls.__name__}", (cls,), {"forward": forward, FUNCTIONS: None})
+    return _container(cls, (Emulated, cls), {"forward": forward, FUNCTIONS: None})
+
+
+def recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """A layer's class that carries its moment through gradient checkpointing."""
+    return _container(cls, (Recomputed, cls), {})
+
+
+def _container(cls: type[nn.Module], bases: tuple[type, ...], members: dict[str, Any]) -> type[nn.Module]:
+    # Containers keep their very names: checkpoints record them, and wrapping and placing go by them.
+    return type(cls.__name__, bases, {**members, "__qualname__": cls.__qualname__})

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from aqnsim.profiles import OpSpec
 
@@ -284,6 +285,15 @@ def _is_activation(module: nn.Module) -> bool:
     moved = _called(module, x.flip(0, 1))
     linear = _same(_called(module, -2 * x), -2 * y)
     return moved is not None and _same(moved.flip(0, 1), y) and not linear
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """Which activation a module is, by what it does: ``silu``, ``gelu-erf`` or ``gelu-tanh``; else None."""
+    x = torch.linspace(-6.0, 6.0, 481)
+    y = _called(module, x)
+    known = {"silu": F.silu(x), "gelu-erf": F.gelu(x), "gelu-tanh": F.gelu(x, approximate="tanh")}
+    close = (name for name, z in known.items() if y is not None and torch.allclose(y, z, rtol=1e-5, atol=1e-6))
+    return next(close, None)
 
 
 def _probe(*shape: int) -> Tensor:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../core/accumulate.h"
 #include "../core/block.h"
 #include "../core/error.h"
 
@@ -53,6 +54,16 @@ struct PerturbArgs {
   int threads;
 };
 
+// Contiguous [batch, m, k] and [batch, k, n] to fp32 [batch, m, n].
+struct GemmArgs {
+  const void *a, *b;
+  float* out;
+  Dtype dtype;  // of a and b
+  int64_t batch, m, k, n;
+  Accumulator accumulator;
+  int threads;
+};
+
 // One table for each instruction set that kernels.cpp is compiled for.
 struct Kernels {
   const char* isa;
@@ -63,6 +74,7 @@ struct Kernels {
   // Random words of logical rows; row_ids is optional.
   void (*random_words)(uint32_t* out, const int64_t* row_ids, int64_t rows, int64_t columns, uint64_t key,
                        uint32_t step, int threads);
+  void (*gemm)(const GemmArgs&);
 };
 
 const Kernels& kernels();  // the best table that this processor can run
