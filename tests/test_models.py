@@ -396,6 +396,16 @@ def test_a_survey_leaves_no_trace() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_survey_of_what_is_emulated_or_no_longer_is_refused() -> None:
+    model = llama()
+    with aqnsim.emulate(model, "mxfp4-w4a4") as emu:
+        model(input_ids=tokens())
+        with pytest.raises(ConfigError, match="already emulated"):
+            survey(model)
+    with pytest.raises(ConfigError, match="was restored; ask for it before"):
+        _ = emu.coverage
+
+
 def test_a_model_without_tokens_wants_an_example() -> None:
     with pytest.raises(ConfigError, match="pass example="):
         survey(mlp())

@@ -17,7 +17,7 @@ from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation
-from aqnsim.emulation.discovery import Candidate, candidates, token_embedding
+from aqnsim.emulation.discovery import Candidate, candidates, refuse_emulated, token_embedding
 from aqnsim.emulation.functional import Functions, emulated
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
@@ -91,7 +91,7 @@ def emulate(
 
 def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None) -> list[Site]:
     """Every site, checked; nothing is changed yet."""
-    _refuse_emulated(model)
+    refuse_emulated(model)
     wanted = profile.kinds | ({"norm"} if aqn is not None else set())
     found: list[Site] = []
     for c in candidates(model, wanted, profile.kinds, example):
@@ -115,12 +115,6 @@ def _takes_noise(c: Candidate | Site, aqn: AQN) -> bool:
         return False
     norm = st.norm_of(c.module)
     return norm is not None and not norm.centred and c.module._parameters.get("weight") is not None
-
-
-def _refuse_emulated(model: nn.Module) -> None:
-    for name, module in st.host_modules(model):
-        if any(k.startswith("aqnsim_") for k in module.__dict__):
-            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
 
 
 def _check_candidate(c: Candidate) -> None:

@@ -197,6 +197,17 @@ def run_example(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
             module.training = was
 
 
+def refuse_emulated(model: nn.Module) -> None:
+    """Refuse a model that an emulation is at work on.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, module in st.host_modules(model):
+        if any(k.startswith("aqnsim_") for k in module.__dict__):
+            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
+
+
 def token_embedding(model: nn.Module) -> nn.Module | None:
     """What looks tokens up, in a language model."""
     get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
