@@ -57,6 +57,13 @@ MIXED = rules(
 )
 """Formats on every kind of op, errors and stochastic rounding where an op has no heads."""
 
+BY_TOKEN = rules(
+    *((r.kind, r.spec) for r in MIXED.rules if "qk" not in r.kinds),
+    ("qk", PRODUCT),
+    ("pv", OpSpec(forward=Forward(input="fp8_e4m3", weight="fp8_e4m3"), grad_input=GradInput(grad="fp8_e5m2"))),
+)
+"""The same where each token's result depends on earlier tokens alone: blocks of values would run along the tokens."""
+
 
 def gpt2(dtype: torch.dtype = torch.float32) -> nn.Module:
     """A GPT-2 of two layers: transposed linear layers with biases, LayerNorms, a tied head."""

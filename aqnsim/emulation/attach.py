@@ -46,7 +46,7 @@ def emulate(
     gives cast(W) + BA. Adapters are never touched.
 
     Args:
-        model: fp32, bf16 or fp16, with or without PEFT.
+        model: fp32, bf16 or fp16, with or without PEFT, DDP, FSDP2 and torch.compile.
         profile: a name, a path to a TOML file, or a Profile.
         seed: of all noise.
         aqn: noise on norm weights, in rollouts; needs ``begin_step`` at each step.
@@ -57,7 +57,8 @@ def emulate(
 
     Raises:
         ConfigError: a rule that matches no op, a module that is emulated already, a class of linear layer that cannot
-            be emulated, AQN without a norm; with ``strict``, an op that cannot be emulated.
+            be emulated, a frozen weight that is sharded already, AQN without a norm; with ``strict``, an op that
+            cannot be emulated.
         UnknownNameError: no such profile.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -66,16 +67,19 @@ def emulate(
     >>> [(r.stream, r.requested) for r in emu.receipts()]
     [('weight', 'mxfp4'), ('input', 'mxfp4')]
     """
-    profile = load(profile)
+    profile, model = load(profile), st.unwrapped(model)
     emulation = Emulation(model, profile, seed, aqn, run)
     emulation.example = example
-    planned = _plan(model, profile, aqn, example)
+    with st.unsharded(model):
+        planned = _plan(model, profile, aqn, example)
     device = next((p.device for s in planned for p in s.module.parameters()), torch.device("cpu"))
     emulation.totals = torch.zeros(
         len(planned), len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64, device=device
     )
     try:
-        _attach(emulation, planned)
+        with st.unsharded(model):  # again: the example's forward has sharded its layers
+            bindings = _attach(emulation, planned)
+        _materialise(emulation, bindings)
         if emulation.draws:
             _track_rows(emulation, model)
         if strict:
@@ -158,21 +162,22 @@ def _check_aqn(model: nn.Module, aqn: AQN, found: list[Site]) -> None:
 # ---- attach ----------------------------------------------------------------------------------------------------------
 
 
-def _attach(emulation: Emulation, planned: list[Site]) -> None:
-    shared = st.owners(emulation.model)
+def _attach(emulation: Emulation, planned: list[Site]) -> list[Binding]:
+    """Swap the classes of all modules that run an op."""
+    bindings: list[Binding] = []
     by_module: dict[nn.Module, dict[int | None, dict[str, Binding]]] = {}
     for site in planned:
-        binding = emulation.add_site(site)
-        by_module.setdefault(site.module, {}).setdefault(site.ordinal, {})[_key_of(site)] = binding
-        _materialise(emulation, binding, shared)
-    for module, bindings in by_module.items():
-        own = bindings.pop(None, None)
+        bindings.append(emulation.add_site(site))
+        by_module.setdefault(site.module, {}).setdefault(site.ordinal, {})[_key_of(site)] = bindings[-1]
+    for module, parts in by_module.items():
+        own = parts.pop(None, None)
         if own is not None:
             _attach_module(emulation, module, own)
-        if bindings:
-            _attach_functions(emulation, module, bindings)  # type: ignore[arg-type]
+        if parts:
+            _attach_functions(emulation, module, parts)  # type: ignore[arg-type]
     for module in _recomputed(emulation.model) if planned else ():
         emulation.swap(module, em.recomputed_class(type(module)), {"aqnsim_emulation": emulation})
+    return bindings
 
 
 def _key_of(site: Site) -> str:
@@ -219,15 +224,17 @@ def _attach_functions(emulation: Emulation, module: nn.Module, bindings: dict[in
     emulation.swap(module, em.rewritten_class(type(module), copy), {FUNCTIONS: functions})
 
 
-def _materialise(emulation: Emulation, binding: Binding, shared: dict[int, list[str]]) -> None:
-    """Write cast(W) into a frozen weight that no other module holds and that has one format in all phases."""
-    site, weight = binding.site, binding.site.parameter
-    formats = {spec.forward.weight for spec in site.specs.values()}
-    if weight is None or weight.requires_grad or len(formats) > 1 or None in formats or site.kind != "linear":
-        return
-    if len(shared[id(weight)]) == 1:
-        emulation.materialise(site, weight)
-        binding.materialised = True
+def _materialise(emulation: Emulation, bindings: list[Binding]) -> None:
+    """Write cast(W) into each frozen weight that no other module holds and that has one format in all phases."""
+    shared = st.owners(emulation.model)
+    for binding in bindings:
+        site, weight = binding.site, binding.site.parameter
+        formats = {spec.forward.weight for spec in site.specs.values()}
+        if weight is None or weight.requires_grad or len(formats) > 1 or None in formats or site.kind != "linear":
+            continue
+        if len(shared[id(weight)]) == 1:
+            emulation.materialise(site, weight)
+            binding.materialised = True
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aqnsim import functions
 from aqnsim._errors import ConfigError
-from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.binding import Binding, autocasted
 
 PARTS = ("kv_cache", "qk", "softmax", "pv")
 """The ops of one attention, which are kinds of site."""
@@ -40,7 +40,9 @@ class Attention:
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(args[0], nn.Module):
             return self._sdpa(function, args, kwargs)
-        module, query, key, value, *rest = args
+        module, *operands = args[:4]
+        query, key, value = autocasted(*operands)
+        rest = args[4:]
         key, value = self._cached(key, 0), self._cached(value, 1)
         if not any(self._acts(part) for part in ("qk", "softmax", "pv")):
             return function(module, query, key, value, *rest, **kwargs)
@@ -67,9 +69,10 @@ class Attention:
         """A direct call of scaled_dot_product_attention."""
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        query, key, value = given["query"], self._cached(given["key"], 0), self._cached(given["value"], 1)
+        query, key, value = autocasted(given["query"], given["key"], given["value"])
+        key, value = self._cached(key, 0), self._cached(value, 1)
         if not any(self._acts(part) for part in ("qk", "softmax", "pv")):
-            result: Tensor = function(**{**given, "key": key, "value": value})
+            result: Tensor = function(**{**given, "query": query, "key": key, "value": value})
             return result
         scale = given.get("scale")
         return self._explicit(

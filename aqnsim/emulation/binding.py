@@ -59,6 +59,14 @@ class _Plan:
         )
 
 
+def autocasted(*operands: Tensor) -> list[Tensor]:
+    """Operands of a product in autocast's dtype, where it is on: torch does that for its own ops and not for ours."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(operands)
+    return [x.to(torch.get_autocast_dtype(device)) for x in operands]
+
+
 class Binding:
     """A site and the emulation that it belongs to; what emulated modules and operations are given."""
 
@@ -174,6 +182,8 @@ class Binding:
         """
         plan, receipt = self.plan, self.receipt()
         cast_weight = self.casts_weight(weight)
+        x, weight = autocasted(x, weight)
+        bias = None if bias is None else autocasted(bias)[0]
         if plan.only_weight and not cast_weight:
             self.count_call("weight")
             flat = x.reshape(-1, x.shape[-1]).contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aqnsim.emulation import approximate
 from aqnsim.emulation.attention import PARTS, Attention, is_attention
 from aqnsim.emulation.audit import Activations
-from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.binding import Binding, autocasted
 from aqnsim.emulation.rewriting import OPERATORS, TORCH, Operation
 
 _OPERANDS = {"add": (0, 1), "multiply": (0, 1), "rope": (0, 1)}
@@ -215,7 +215,7 @@ def _matmul(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwa
     if function in (torch.addmm, torch.baddbmm):
         addend, *args = args  # type: ignore[assignment]
         addend = addend * kwargs.get("beta", 1) if kwargs.get("beta", 1) else None
-    x, y = args[:2]
+    x, y = autocasted(*args[:2])
     y = y.expand(*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), *y.shape[-2:]) if x.dim() > 2 else y
     product = (
         b.matmul(x, y, False, x.dtype, b.rows(x)) * scale if scale != 1 else b.matmul(x, y, False, x.dtype, b.rows(x))
@@ -225,7 +225,7 @@ def _matmul(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwa
 
 def _einsum(b: Binding, args: tuple[Any, ...]) -> Tensor:
     """A contraction of two operands as one batched product."""
-    x, y = args[1] if isinstance(args[1], list | tuple) else args[1:]
+    x, y = autocasted(*(args[1] if isinstance(args[1], list | tuple) else args[1:]))
     inputs, _, output = args[0].replace(" ", "").partition("->")
     left, right = inputs.split(",")
     batch = [i for i in left if i in right and i in output]

@@ -59,7 +59,7 @@ class EmulatedLinear(Emulated, nn.Linear):
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(input)
-        return site.linear(*_autocast(input, self.weight, self.bias))
+        return site.linear(input, self.weight, self.bias)
 
 
 class EmulatedTransposedLinear(Emulated):
@@ -73,8 +73,7 @@ class EmulatedTransposedLinear(Emulated):
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(x)  # type: ignore[misc]
-        x, weight, bias = _autocast(x, self.weight, self.bias)
-        return site.linear(x, weight.t(), bias)
+        return site.linear(x, self.weight.t(), self.bias)
 
 
 class EmulatedNorm(Emulated):
@@ -105,7 +104,7 @@ class EmulatedNorm(Emulated):
 def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
     """``w + sigma z`` in fp32."""
     noisy, stats = torch.ops.aqnsim.perturb(
-        weight.float(), str(AbsoluteGaussian(sigma)), site.keys[_AQN], site.emulation.clock, None, None, True
+        weight.float(), str(AbsoluteGaussian(sigma)), site.keys[_AQN], site.emulation.clock, None, None, None, True
     )
     torch.ops.aqnsim.record(site.receipt()[_AQN], stats)
     return noisy  # type: ignore[no-any-return]
@@ -179,7 +178,7 @@ class EmulatedExperts(Emulated):
         weight, bias = experts.weight(self, name, expert), experts.bias(self, name, expert)  # type: ignore[arg-type]
         if site is None or not site.acts:
             return nn.functional.linear(x, weight, bias)
-        return site.linear(*_autocast(x, weight, bias), part=expert + 1)
+        return site.linear(x, weight, bias, part=expert + 1)
 
     def _gate(self, expert: int, x: Tensor) -> Tensor:
         experts = self.aqnsim_experts
@@ -231,15 +230,6 @@ class Recomputed(Emulated):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with self.aqnsim_emulation.at(aqnsim_moment):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands in autocast's dtype, where it is on: torch does that for its own ops and not for ours."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def emulated_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from aqnsim.profiles import OpSpec
 
@@ -68,13 +70,36 @@ class Site:
 
 
 def canonical(name: str) -> str:
-    """A module's path without what PEFT puts around it.
+    """A module's path without what PEFT, torch.compile and checkpoint wrappers put around it.
 
     >>> canonical("base_model.model.model.layers.0.mlp.up_proj.base_layer")
     'model.layers.0.mlp.up_proj'
     """
-    parts = [p for p in name.removeprefix("base_model.model.").split(".") if p != "base_layer"]
-    return ".".join(parts)
+    parts = [p for p in name.split(".") if p not in _WRAPPERS]
+    return ".".join(parts).removeprefix("base_model.model.")
+
+
+_WRAPPERS = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel or of ``torch.compile(model)``, whose names and noise are its own."""
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
+    return model
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Run a block on whole parameters: what ``fully_shard`` shards is gathered, and sharded again after."""
+    sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    for m in sharded:
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in sharded:
+            m.reshard()
 
 
 def host_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
