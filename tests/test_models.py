@@ -18,6 +18,7 @@ import aqnsim
 from aqnsim import ConfigError, RealisationError, profiles
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.coverage import Coverage, survey
+from aqnsim.profiles import KINDS, Forward, GradInput, OpSpec, Profile, Rule
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mistral", "phi", "phi3", "gpt2", "olmo2"),
@@ -115,6 +116,23 @@ def test_an_emulation_in_a_wide_format_computes_what_the_model_does(model: nn.Mo
         torch.testing.assert_close(near_grads[name], grad, rtol=1e-3, atol=2e-5 * float(grad.abs().max()), msg=name)
     assert same_bits(off, logits)
     assert all(same_bits(off_grads[name], grad) for name, grad in grads.items())
+
+
+def test_errors_on_every_op_run_forward_and_backward(model: nn.Module) -> None:
+    error = "relative-gaussian(sigma=0.05)"
+    spec = OpSpec(forward=Forward(error=error), grad_input=GradInput(error=error))
+    rule = Rule(kind=KINDS, spec=spec)
+    noise = Profile(name="noise", description="for a test", source={"definition": "for a test"}, rules=(rule,))
+    logits, grads = run(model)
+    with aqnsim.emulate(model, noise):
+        if model.config.model_type == "bloom":  # it folds heads into the batch, where no row is a token
+            with pytest.raises(ConfigError, match="logical rows are set but the op has"):
+                run(model)
+            pytest.skip("errors on products that fold heads into the batch")
+        noisy, noisy_grads = run(model)
+    assert not torch.allclose(noisy, logits, rtol=1e-3)
+    assert noisy_grads.keys() == grads.keys()
+    assert all(g.isfinite().all() for g in noisy_grads.values())
 
 
 def test_restoring_gives_classes_and_bits_back(model: nn.Module) -> None:
