@@ -17,7 +17,7 @@ from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation
-from aqnsim.emulation.discovery import Candidate, candidates, router_feeders, token_embedding
+from aqnsim.emulation.discovery import Candidate, candidates, refuse_emulated, router_feeders, token_embedding
 from aqnsim.emulation.functional import Functions, emulated
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
@@ -98,7 +98,7 @@ def emulate(
 
 def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None) -> list[Site]:
     """Every site, checked; nothing is changed yet."""
-    _refuse_emulated(model)
+    refuse_emulated(model)
     wanted = profile.kinds | (set(KINDS.values()) if aqn is not None else set())
     found: list[Site] = []
     known = candidates(model, wanted, profile.kinds, example)
@@ -148,12 +148,6 @@ def _other_experts(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from (
                 (f"{name}.{k}", tuple(p.shape)) for k, p in module._parameters.items() if p is not None and p.dim() == 3
             )
-
-
-def _refuse_emulated(model: nn.Module) -> None:
-    for name, module in st.host_modules(model):
-        if any(k.startswith("aqnsim_") for k in module.__dict__):
-            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
 
 
 def _check_candidate(c: Candidate) -> None:

@@ -149,6 +149,7 @@ class Emulation:
         self._rows: Rows | Tensor | None = None
         self._sequences: Tensor | None = None
         self.example: Mapping[str, Any] | None = None
+        self.is_restored = False
         self._swaps: list[_Swap] = []
         self._undo: list[Callable[[], None]] = []
         self._masters: list[_Frozen] = []
@@ -531,9 +532,11 @@ class Emulation:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """Which ops a forward runs, and which of them are emulated; found when first asked for.
+        """Which ops a forward runs, and which of them are emulated: of the example, or a few tokens. Found when first
+        asked for.
 
         Raises:
+            ConfigError: the emulation was restored before.
             RealisationError: an op that a rule matches runs as torch makes it.
         """
         from aqnsim.emulation.coverage import coverage_of  # which attaches emulations itself
@@ -603,6 +606,7 @@ class Emulation:
             self._check_frozen()
             self._hold(masters=True)
         self._masters.clear()
+        self.is_restored = True
         while self._swaps:
             self._swaps.pop().undo()
         while self._undo:

@@ -20,7 +20,7 @@ from torch import nn
 from aqnsim._errors import ConfigError, RealisationError
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.audit import Audit, Key, Work
-from aqnsim.emulation.discovery import Candidate, Structure, example_of, recording, run_example
+from aqnsim.emulation.discovery import Candidate, Structure, example_of, recording, refuse_emulated, run_example
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS
@@ -175,6 +175,7 @@ def survey(
     from aqnsim.emulation.attach import emulate  # which checks coverage itself, where it is strict
 
     kwargs = example_of(model, example, batch, length)
+    refuse_emulated(model)
     if profile is None:
         return _coverage(model, None, *_clean(model, kwargs))
     emulation = emulate(model, profile, example=kwargs)
@@ -188,8 +189,11 @@ def coverage_of(emulation: Emulation) -> Coverage:
     """The coverage of a model that is emulated.
 
     Raises:
+        ConfigError: it was restored before.
         RealisationError: an op that a rule matches runs as torch makes it.
     """
+    if emulation.is_restored:
+        raise ConfigError("coverage: the emulation was restored; ask for it before, or survey the model")
     kwargs = example_of(emulation.model, emulation.example)
     with emulation.detached() as model:
         found, audit = _clean(model, kwargs)

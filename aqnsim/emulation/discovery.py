@@ -115,7 +115,7 @@ def router_feeders(model: nn.Module, example: Mapping[str, Any] | None = None) -
 
     with ExitStack() as stack:
         for c in structure.ops:
-            if c.kind in ("norm", "linear") and not st.is_experts(c.module):
+            if c.kind in ("norm", "linear") and not st.holds_experts(c.module):
                 stack.callback(c.module.register_forward_hook(made).remove)
         for name, module in st.host_modules(model) if found else ():
             for router in found:
@@ -237,6 +237,17 @@ def run_example(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def refuse_emulated(model: nn.Module) -> None:
+    """Refuse a model that an emulation is at work on.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, module in st.host_modules(model):
+        if any(k.startswith("aqnsim_") for k in module.__dict__):
+            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
 
 
 def token_embedding(model: nn.Module) -> nn.Module | None:
