@@ -101,6 +101,19 @@ def test_off_and_the_end_of_the_emulation_reach_a_compiled_model() -> None:
     assert_all_same(step(model, loss_of(model, ids)), plain)
 
 
+def test_a_model_compiled_before_is_emulated_after_and_given_back() -> None:
+    model, ids = small(llama), tokens()
+    eager = small(llama)
+    with aqnsim.emulate(eager, MIXED, seed=3) as emu:
+        emulated, sites = step(eager, loss_of(eager, ids)), [s.name for s in emu.sites]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    plain = step(model, loss_of(compiled, ids))
+    with aqnsim.emulate(compiled, MIXED, seed=3) as emu:
+        assert [s.name for s in emu.sites] == sites
+        assert_all_same(step(model, loss_of(compiled, ids)), emulated)
+    assert_all_same(step(model, loss_of(compiled, ids)), plain)
+
+
 def test_a_compiled_model_may_recompute_its_layers() -> None:
     results = []
     for compiled in (False, True):
