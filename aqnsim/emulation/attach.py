@@ -187,6 +187,8 @@ def _of_forwards(
     model: nn.Module, containers: Mapping[nn.Module, str], routers: set[str], example: Mapping[str, Any] | None
 ) -> list[Candidate]:
     """The ops that containers' own forwards run, learnt from a forward of a few tokens."""
+    for module, name in containers.items():
+        _refuse_patched(name, module)
     kwargs = example if example is not None else _few_tokens(model)
     if kwargs is None:
         raise ConfigError(
@@ -271,7 +273,17 @@ def _refuse_emulated(model: nn.Module) -> None:
             raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
 
 
+def _refuse_patched(name: str, module: nn.Module) -> None:
+    """Refuse a module whose class's forward is not what runs: another class would have no effect."""
+    if "forward" in module.__dict__:
+        raise ConfigError(
+            f"{name!r} has a forward of its own, set on the module (by accelerate, a kernel library?), which runs in "
+            "place of its class's: emulate the model before, or exclude it in the profile"
+        )
+
+
 def _check_candidate(c: Candidate) -> None:
+    _refuse_patched(c.name, c.module)
     if c.kind != "linear" or c.ordinal is not None:
         return
     weight = c.module._parameters[c.weight or "weight"]
