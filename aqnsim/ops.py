@@ -24,7 +24,8 @@ _SCHEMAS = {
     "cast": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows, bool measure) -> (Tensor, Tensor)"),
     "quantize": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows) -> (Tensor, Tensor, Tensor)"),
     "perturb": (
-        "(Tensor y, str error, int key, Tensor step, Tensor? rows, ScalarType? dtype, bool measure) -> (Tensor, Tensor)"
+        "(Tensor y, str error, int key, Tensor step, Tensor? rows, Tensor? magnitude, ScalarType? dtype,"
+        " bool measure) -> (Tensor, Tensor)"
     ),
     "linear": (
         "(Tensor x, Tensor weight, Tensor? bias, str spec, bool cast_weight, int[] keys, Tensor step,"
@@ -143,7 +144,14 @@ def _(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 @register_fake("aqnsim::perturb", lib=_LIB)
 def _(
-    y: Tensor, error: str, key: int, step: Tensor, rows: Tensor | None, dtype: Any, measure: bool
+    y: Tensor,
+    error: str,
+    key: int,
+    step: Tensor,
+    rows: Tensor | None,
+    magnitude: Tensor | None,
+    dtype: torch.dtype | None,
+    measure: bool,
 ) -> tuple[Tensor, Tensor]:
     return _dense(y, dtype), _stats_like(y)
 
@@ -204,7 +212,7 @@ def _straight_through(name: str, arguments: int) -> None:
 
 
 _straight_through("cast", 7)
-_straight_through("perturb", 7)
+_straight_through("perturb", 8)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

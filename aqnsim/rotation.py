@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import DTYPES
-from aqnsim.rng import NoiseKey
+from aqnsim.rng import NoiseKey, coordinates
 
 SIZES = (16, 32, 64, 128)
 
@@ -80,7 +80,7 @@ def _signs(signs: Tensor | NoiseKey | None, size: int, x: Tensor) -> Tensor:
 
         from aqnsim.reference import random_words
 
-        words = random_words(np.zeros(1, np.int64), size, signs.value, signs.step)[0]
+        words = random_words(np.zeros(1, np.int64), size, *coordinates(signs.value, signs.clock))[0]
         return torch.from_numpy(1.0 - 2.0 * (words >> 31)).float().to(x.device)
     flat = torch.as_tensor(signs)
     if flat.shape != (size,) or not bool((flat.abs() == 1).all()):

@@ -136,7 +136,7 @@ class _Direction:
             _check_rows(rows, y)
             last = bias is None and output is None
             y, stats[_ERROR] = self.perturb(
-                y, error, self.keys[_ERROR], self.clock, rows, dtype if last else None, True
+                y, error, self.keys[_ERROR], self.clock, rows, None, dtype if last else None, True
             )
         if bias is not None:
             y = y + bias.float()
@@ -277,7 +277,7 @@ def compositions(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
             if i == 1:
                 _check_rows(rows, x)
                 stored = None if output else dtype
-                x, stats[1] = perturb(x, text, keys[1], clock, rows, stored, True)
+                x, stats[1] = perturb(x, text, keys[1], clock, rows, None, stored, True)
             else:
                 own = rows if random_bits(get(text)) else None
                 x, stats[i] = cast(x, text, -1, keys[i], clock, own, True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqnsim._errors import ConfigError
+from aqnsim.errors import BitFlip, chain
 from aqnsim.receipts import STATS
 
 Primitive = Callable[..., tuple[Tensor, Tensor]]
@@ -37,6 +39,8 @@ def perturbs_half(perturb: Primitive) -> Primitive:
         dtype = dtype or y.dtype
         if torch.float16 not in (y.dtype, dtype):
             return perturb(y, error, *args)
+        if dtype == torch.float16 and any(isinstance(m, BitFlip) for m in chain(error)):
+            raise ConfigError(f"perturb: {error} on a float16 result: bits are flipped in float32 and bfloat16 alone")
         wide = y.float() if y.dtype == torch.float16 else y
         if dtype != torch.float16:
             return perturb(wide, error, *given, dtype, measure)

@@ -100,7 +100,7 @@ class EmulatedNorm(Emulated):
 def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
     """``w + sigma z`` in fp32."""
     noisy, stats = torch.ops.aqnsim.perturb(
-        weight.float(), str(AbsoluteGaussian(sigma)), site.keys[_AQN], site.emulation.clock, None, None, True
+        weight.float(), str(AbsoluteGaussian(sigma)), site.keys[_AQN], site.emulation.clock, None, None, None, True
     )
     torch.ops.aqnsim.record(site.receipt()[_AQN], stats)
     return noisy  # type: ignore[no-any-return]

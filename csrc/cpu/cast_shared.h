@@ -150,10 +150,10 @@ AQN_HD void measure_cast(const float* x, const float* y, const float* scaled, in
     const int lanes = std::min(kLanes, n - i);
 #pragma omp simd
     for (int j = 0; j < lanes; ++j) {
-      const float e = y[i + j] - x[i + j];
-      const bool finite = is_finite(e);  // one Inf must not spoil the sums of all others
-      sums.error2[j] += finite ? e * e : 0.0f;
-      sums.reference2[j] += finite ? x[i + j] * x[i + j] : 0.0f;
+      const bool finite = is_finite(x[i + j]) & is_finite(y[i + j]);  // one Inf must not spoil the sums of all others
+      const double from = finite ? x[i + j] : 0.0f, to = finite ? y[i + j] : 0.0f, e = to - from;
+      sums.error2[j] += e * e;
+      sums.reference2[j] += from * from;
       sums.changed[j] += differs(y[i + j], x[i + j]) ? 1 : 0;
       sums.saturated[j] += scaled[i + j] > highest || scaled[i + j] < lowest ? 1 : 0;
       sums.nonfinite[j] += is_finite(y[i + j]) ? 0 : 1;
