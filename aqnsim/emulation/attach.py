@@ -17,7 +17,14 @@ from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation
-from aqnsim.emulation.discovery import Candidate, candidates, refuse_emulated, router_feeders, token_embedding
+from aqnsim.emulation.discovery import (
+    Candidate,
+    candidates,
+    refuse_emulated,
+    refuse_patched,
+    router_feeders,
+    token_embedding,
+)
 from aqnsim.emulation.functional import Functions, emulated
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
@@ -151,6 +158,7 @@ def _other_experts(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _check_candidate(c: Candidate) -> None:
+    refuse_patched(c.name, c.module)
     if c.kind != "linear" or c.ordinal is not None:
         return
     weight = c.module._parameters[c.weight or "weight"]

@@ -182,7 +182,8 @@ class Emulation:
 
     def _set_clock(self) -> None:
         # a new tensor: a pending backward keeps its own, and a compiled graph takes it as an input
-        self.clock = torch.tensor(clock(self.step, self._phase, self.run))
+        with torch.inference_mode(False):  # a rollout's phase may end there, and a backward is to save the clock
+            self.clock = torch.tensor(clock(self.step, self._phase, self.run), device="cpu")
 
     @property
     def sigma(self) -> float:

@@ -84,6 +84,8 @@ def candidates(
     found = [c for c in structure.ops if c.kind in kinds]
     if not _may_compute(structure.containers, inner):
         return found
+    for module, name in structure.containers.items():
+        refuse_patched(name, module)
     kwargs = example_of(model, example)
     activations = Activations(kwargs)
     with recording(structure.containers, activations) as recorders, activations:
@@ -237,6 +239,15 @@ def run_example(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def refuse_patched(name: str, module: nn.Module) -> None:
+    """Refuse a module whose class's forward is not what runs: another class would have no effect."""
+    if "forward" in module.__dict__:
+        raise ConfigError(
+            f"{name!r} has a forward of its own, set on the module (by accelerate, a kernel library?), which runs in "
+            "place of its class's: emulate the model before, or exclude it in the profile"
+        )
 
 
 def refuse_emulated(model: nn.Module) -> None:
