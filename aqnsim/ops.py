@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from aqnsim import backends
+from aqnsim._errors import ConfigError
 from aqnsim.formats import BlockFormat, get, scale_shape
 from aqnsim.receipts import STATS
 
@@ -296,3 +297,14 @@ def _stage_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor |
 
 
 register_autograd("aqnsim::stage", _stage_grad, setup_context=_stage_setup, lib=_LIB)
+
+
+def _refuse_second(ctx: Any, *grads: Any) -> Any:
+    raise ConfigError(
+        "the gradient of an emulated product is itself computed on emulated hardware, and has no gradient: "
+        "take second derivatives (create_graph=True) under emulation.off()"
+    )
+
+
+for _name in ("linear_backward", "matmul_backward"):
+    register_autograd(f"aqnsim::{_name}", _refuse_second, lib=_LIB)

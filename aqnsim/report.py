@@ -12,7 +12,7 @@ from typing import Any
 
 from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError
-from aqnsim.aqn import layer_of
+from aqnsim.aqn import Survival, layer_of
 from aqnsim.receipts import Receipt
 
 VALUES = {
@@ -35,6 +35,7 @@ class Report:
         seed: of the noise.
         sites: number of emulated sites.
         receipts: one for each site, phase and stream that was called.
+        survival: of AQN's noise, were it added in place; empty without AQN, and before the first step.
     """
 
     profile: str
@@ -42,10 +43,24 @@ class Report:
     seed: int
     sites: int
     receipts: tuple[Receipt, ...]
+    survival: tuple[Survival, ...] = ()
 
     def __str__(self) -> str:
         head = f"profile {self.profile} ({self.fingerprint}), {self.sites} sites, seed {self.seed}"
-        return f"{head}\n{rc.table(self.receipts)}" if self.sites else f"{head}: nothing is emulated"
+        if not self.sites:
+            return f"{head}: nothing is emulated"
+        return "\n".join([head, rc.table(self.receipts), *self._survival_line()])
+
+    def _survival_line(self) -> list[str]:
+        """What noise in place would do in the steps in which it does least."""
+        noisy = [s for s in self.survival if s.sigma]
+        if not noisy:
+            return []
+        worst = min(noisy, key=lambda s: s.share)
+        return [
+            f"AQN added in place would change {worst.share:.1%} of the stored weights in steps {worst.first} to "
+            f"{worst.last}, where sigma is {worst.sigma:.3g}"
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values that JSON can hold."""
@@ -55,6 +70,7 @@ class Report:
             "seed": self.seed,
             "sites": self.sites,
             "receipts": [r.to_dict() for r in self.receipts],
+            "survival": [s._asdict() for s in self.survival],
         }
 
     def to_json(self) -> str:

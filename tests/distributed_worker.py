@@ -23,13 +23,16 @@ NAMES = torch.tensor([5, 17, 3, 1 << 40, 0, 8])
 HALVES = (slice(0, 3), slice(3, 6))
 CASES = [
     (wrapper, what, when)
-    for wrapper, what, when in itertools.product(("ddp", "fsdp"), ("full", "lora"), ("before", "after"))
+    for wrapper, what, when in itertools.product(("ddp", "fsdp"), ("full", "recomputed", "lora"), ("before", "after"))
     if (wrapper, what, when) != ("fsdp", "lora", "after")  # frozen weights that are sharded already are refused
 ]
 
 
 def made(what: str) -> nn.Module:
-    return with_lora(llama(frozen=True)) if what == "lora" else llama()
+    model = with_lora(llama(frozen=True)) if what == "lora" else llama()
+    if what == "recomputed":
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def wrapped(model: nn.Module, wrapper: str) -> nn.Module:
@@ -62,17 +65,23 @@ def run(model: nn.Module, emu: aqnsim.Emulation, halves: Any) -> dict[str, Any]:
         outputs.append(out.detach())
     # the mean over halves, taken at the end, as wrappers do: a gradient's format may not scale exactly
     gradients = {n: whole(p.grad) / len(halves) for n, p in emu.model.named_parameters() if p.grad is not None}
+    receipts = emu.receipts(until=emu.snapshot(reduce=True))
+    clean = None
+    if not (hasattr(model, "unshard") and any(not p.requires_grad for p in model.parameters())):
+        with emu.off(), torch.no_grad():
+            clean = torch.cat([model(input_ids=ids[half]).logits for half in HALVES])
     return {
         "outputs": torch.cat(outputs),
+        "clean": clean,
         "gradients": gradients,
-        "receipts": [r.to_dict() for r in emu.receipts(until=emu.snapshot(reduce=True))],
+        "receipts": [r.to_dict() for r in receipts],
         "sites": [s.name for s in emu.sites],
     }
 
 
 def single() -> dict[Any, Any]:
     results = {}
-    for what in ("full", "lora"):
+    for what in ("full", "recomputed", "lora"):
         model = made(what)
         results[what] = run(model, emulate(model), HALVES)
     return results

@@ -42,6 +42,7 @@ def test_two_processes_compute_what_one_does(runs: dict[int, Any], case: tuple[s
     one, two = runs[1][case[1]], runs[2][case]
     assert two["sites"] == one["sites"]
     assert same_bits(two["outputs"], one["outputs"])
+    assert two["clean"] is None or same_bits(two["clean"], one["clean"])  # off()
     # a sum of two halves has one order: not even that rounds differently
     assert list(two["gradients"]) == list(one["gradients"])
     assert_all_same(list(two["gradients"].values()), list(one["gradients"].values()))

@@ -138,3 +138,72 @@ def test_an_activation_without_tables_is_refused_by_name() -> None:
         aqnsim.emulate(
             model, of(("activation", OpSpec(forward=Forward(approximation=EXP)))), example={"input": inputs(2, 4)}
         )
+
+
+# ---- faults in what is stored ---------------------------------------------------------------------------------------
+
+
+def test_a_bit_of_an_operand_s_codes_flips_at_the_rate_that_was_asked_for() -> None:
+    layer, x = nn.Linear(128, 64, bias=False), inputs(256, 128)
+    spec = OpSpec(forward=Forward(input="mxfp4 + bit-flip(rate=0.01, bit=3, target=codes)", weight="mxfp4"))
+    with aqnsim.emulate(nn.Sequential(layer), of(("linear", spec))) as emu:
+        y = emu.model(x)
+        (receipt,) = [r for r in emu.receipts() if r.stream == "input"]
+    assert receipt.requested == "mxfp4 + bit-flip(rate=0.01, bit=3, target=codes)"
+    assert receipt.requested_rate == pytest.approx(0.01)
+    n = x.numel()
+    assert abs(receipt.realised_rate - 0.01) < 3.9 * (0.01 * 0.99 / n) ** 0.5  # type: ignore[operator]
+    clean = aqnsim.cast(x, "mxfp4") @ aqnsim.cast(layer.weight, "mxfp4").t()
+    rows = (y != clean).any(1)  # bit 3 is the sign: a row without a flip is untouched
+    assert 0.5 < float(rows.float().mean()) < 0.9
+
+
+def test_faults_in_scales_change_whole_blocks_and_other_errors_are_no_operands() -> None:
+    spec = OpSpec(forward=Forward(weight="mxfp8_e4m3 + bit-flip(rate=0.05, bit=0, target=scales, draw=frozen)"))
+    layer = nn.Linear(64, 32, bias=False)
+    with aqnsim.emulate(nn.Sequential(layer), of(("linear", spec))) as emu:
+        identity = emu.model(torch.eye(64)).t()  # the weight as it is used
+        assert torch.equal(identity, emu.model(torch.eye(64)).t())
+    ratio = (identity / aqnsim.cast(layer.weight, "mxfp8_e4m3")).nan_to_num(1.0)
+    blocks = ratio.unflatten(1, (2, 32))
+    assert torch.equal(blocks.amin(-1), blocks.amax(-1))
+    assert 0 < float((blocks[..., 0] != 1).float().mean()) < 0.25
+    with pytest.raises(ConfigError, match="after a format stands a bit-flip with target=codes or target=scales"):
+        Forward(input="mxfp4 + dead-zone(threshold=0.1)")
+
+
+def test_an_error_relative_to_what_is_added_up_grows_where_results_cancel() -> None:
+    x = torch.ones(512, 2)
+    weight = torch.tensor([[1.0, -1.0 + 2**-10]])
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = weight
+    for reference, size in (("output", 2**-10), ("absdot", 2.0)):
+        error = f"relative-gaussian(sigma=0.01, reference={reference})".replace(", reference=output", "")
+        with aqnsim.emulate(nn.Sequential(layer), of(("linear", OpSpec(forward=Forward(error=error))))) as emu:
+            missed = emu.model(x) - 2**-10
+        assert float(missed.std()) == pytest.approx(0.01 * size, rel=0.15)
+
+
+# ---- convolutions ---------------------------------------------------------------------------------------------------
+
+
+class Convolves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(inputs(8, 32, 3, seed=4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv1d(x, self.weight, padding=1)
+
+
+def test_a_convolution_takes_both_operands_in_blocks_of_channels() -> None:
+    model, x = Convolves(), inputs(2, 32, 10).requires_grad_()
+    spec = OpSpec(forward=Forward(input="mxfp8_e4m3", weight="mxfp4"))
+    with aqnsim.emulate(model, of(("conv", spec)), example={"x": x.detach()}) as emu:
+        y = model(x)
+        y.sum().backward()
+        assert {r.stream: r.requested for r in emu.receipts()} == {"weight": "mxfp4", "input": "mxfp8_e4m3"}
+    xq, wq = aqnsim.cast(x, "mxfp8_e4m3", axis=1), aqnsim.cast(model.weight, "mxfp4", axis=1)
+    assert torch.equal(y, nn.functional.conv1d(xq, wq, padding=1))
+    assert x.grad is not None
+    assert model.weight.grad is not None

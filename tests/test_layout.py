@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from values import same_bits
 import aqnsim
 from aqnsim.emulation import Emulation
 from aqnsim.emulation.rows import Rows, rows_of_forward
-from aqnsim.profiles import GradWeight, OpSpec
+from aqnsim.profiles import Forward, GradWeight, OpSpec
 
 MODELS = pytest.mark.parametrize("make", [llama, gpt2])
 NAMES = torch.tensor([5, 17, 3, 1 << 40, 0, 8])
@@ -108,6 +109,40 @@ def test_sequences_may_be_packed_into_a_row() -> None:
         alone = [logits(model, emu, IDS[i : i + 1, :n], NAMES[i : i + 1])[0] for i, n in enumerate(lengths)]
         together = logits(model, emu, packed, names, position_ids=positions, attention_mask=mask)
     assert same_bits(together[0], torch.cat(alone))
+
+
+def per_step(spec: OpSpec) -> OpSpec:
+    """The same errors, drawn once a step for all phases."""
+
+    def drawn(part: Any) -> Any:
+        return part if part.error is None else replace(part, error=part.error.replace(")", ", draw=per_step)"))
+
+    return OpSpec(forward=drawn(spec.forward), grad_input=drawn(spec.grad_input), grad_weight=drawn(spec.grad_weight))
+
+
+@MODELS
+@pytest.mark.parametrize("draw", ["per_step", "per_phase"])
+def test_rollout_and_training_see_one_hardware_where_noise_is_drawn_once_a_step(
+    make: Callable[[], nn.Module], draw: str
+) -> None:
+    """Tokens decoded one by one with a cache in a rollout, then in one forward of the training step."""
+    noisy = rules(
+        ("linear", OpSpec(forward=Forward(input="mxfp8_e4m3", weight="mxfp4", error=FIVE))),
+        (("norm", "activation", "add", "qk", "pv", "softmax", "kv_cache"), OpSpec(forward=Forward(error=FIVE))),
+    )
+    if draw == "per_step":
+        noisy = rules(*((r.kind, per_step(r.spec)) for r in noisy.rules))
+    from transformers import DynamicCache
+
+    model = make()
+    with aqnsim.emulate(model, noisy, seed=3) as emu:
+        emu.begin_step(4, 9)
+        with emu.phase("rollout"):
+            rollout = in_pieces(model, emu, [1] * 8, DynamicCache())
+        trained = logits(model, emu, IDS, NAMES)
+        assert same_bits(rollout, trained) == (draw == "per_step")
+        emu.begin_step(5, 9)
+        assert not torch.equal(logits(model, emu, IDS, NAMES), trained)
 
 
 # ---- the rows of attention's tensors --------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from values import same_bits
 
 import aqnsim
 import aqnsim.ops
+from aqnsim import ConfigError
 from aqnsim.backends import get as backend
 from aqnsim.emulation.attention import Attention
+from aqnsim.errors import BitFlip
 from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec
 from aqnsim.receipts import STATS
 
@@ -59,9 +61,9 @@ def test_an_error_enters_in_fp32_and_is_stored_in_float16(
 ) -> None:
     y = inputs(40, 50).to(before) * 100
     y[0, :2] = torch.tensor([6.5e4, 0.0])
-    wide, asked = torch.ops.aqnsim.perturb(y.float(), error, 7, STEP, None, None, True)
+    wide, asked = torch.ops.aqnsim.perturb(y.float(), error, 7, STEP, None, None, None, True)
     for name in ("cpu", "reference"):
-        out, stats = backend(name).ops["perturb"](y, error, 7, STEP, None, after, True)
+        out, stats = backend(name).ops["perturb"](y, error, 7, STEP, None, None, after, True)
         assert same_bits(out, wide.half())
         clean, found, whole = y.half(), numbers(stats), numbers(asked)
         assert found["changed"] == (clean != out).sum()
@@ -74,10 +76,16 @@ def test_an_error_enters_in_fp32_and_is_stored_in_float16(
 
 def test_noise_below_half_an_ulp_of_float16_is_reported_as_no_change() -> None:
     y = torch.full((100,), 1024.0).half()
-    _, stats = torch.ops.aqnsim.perturb(y, "relative-gaussian(sigma=0.00001)", 7, STEP, None, None, True)
+    _, stats = torch.ops.aqnsim.perturb(y, "relative-gaussian(sigma=0.00001)", 7, STEP, None, None, None, True)
     assert numbers(stats)["changed"] == 0
     assert numbers(stats)["error2"] == 0
     assert numbers(stats)["injected2"] > 0
+
+
+def test_a_flip_of_bits_that_float16_has_not_is_refused() -> None:
+    for name in ("cpu", "reference"):
+        with pytest.raises(ConfigError, match=r"bit-flip.* on a float16 result"):
+            backend(name).ops["perturb"](inputs(4, 4).half(), str(BitFlip(0.1)), 7, STEP, None, None, None, True)
 
 
 def test_float16_is_quantized_to_the_codes_of_its_values() -> None:

@@ -120,7 +120,7 @@ def test_targets_that_match_no_module_fail_at_the_attach() -> None:
 
 def test_layer_multipliers_that_reach_no_layer_fail_at_the_attach() -> None:
     """A table of multipliers was dropped on its way, so that all layers got the same noise."""
-    with pytest.raises(ConfigError, match=r"layers \[14\] that have no norm"):
+    with pytest.raises(ConfigError, match=r"layers \[14\], in which nothing is reached"):
         aqnsim.emulate(llama(), "ideal", aqn=AQN(SCHEDULES["k-stage"], multipliers={14: 2.0}))
     with pytest.raises(ConfigError, match="layer index must be an integer"):
         AQN(SCHEDULES["k-stage"], multipliers={"1": 2.0})  # type: ignore[dict-item]

@@ -444,7 +444,7 @@ def refuse_uncovered_lm_head(emulation: Emulation, model: PreTrainedModel | Peft
             continue
         raise ConfigError(
             f"site {site.name!r} {reason}. Its emulation would be live in the rollout and absent in the loss; "
-            "exclude it in the profile"
+            "exclude it in the profile, and from AQN"
         )
 
 

@@ -260,27 +260,27 @@ class StepRecorder(TrainerCallback):
 
 
 def realised_aqn_sigma(emulation: Emulation, receipts: Sequence[Receipt], step: int) -> float:
-    """AQN's sigma as injected in a step, with each site's multiplier taken out; 0 where none was.
+    """The schedule's sigma as injected in a step, with what scales it at each site taken out; 0 where none was.
 
     Raises:
-        RealisationError: it is not what the schedule asked for, within six standard errors of the draws.
+        RealisationError: it is not what the step asked for, within six standard errors of the draws.
     """
-    assert emulation.aqn is not None
-    requested = emulation.sigma
+    assert emulation.noise is not None
+    assert emulation.noise.sigmas is not None
+    requested, sigmas = emulation.sigma, emulation.noise.sigmas
     squares = draws = 0.0
     for r in receipts:
         if r.stream == "aqn" and r.realised_sigma is not None:
             own = r.elements / r.calls  # every call of a step injects the same draws
-            squares += own * (r.realised_sigma / emulation.aqn.multiplier(r.site)) ** 2
+            squares += own * (r.realised_sigma / sigmas[r.site]) ** 2
             draws += own
-    realised = sqrt(squares / draws) if draws else 0.0
-    tolerance = 6 / sqrt(2 * draws) if draws else 0.0
-    if abs(realised - requested) > tolerance * requested:
+    share = sqrt(squares / draws) if draws else 0.0
+    if any(sigmas.values()) and abs(share - 1) > (6 / sqrt(2 * draws) if draws else 0.0):
         raise RealisationError(
-            f"step {step}: AQN asked for sigma {requested} and {realised:.6g} was realised on {draws:.0f} weights; "
-            f"the schedule {emulation.aqn.schedule} is not what the rollout saw"
+            f"step {step}: AQN asked for sigma {requested} and {share:.6g} of it was realised on {draws:.0f} weights; "
+            f"the schedule {emulation.noise.aqn.schedule} is not what the rollout saw"
         )
-    return realised
+    return share * requested
 
 
 def _score(results: Sequence[ProblemResult]) -> Score:

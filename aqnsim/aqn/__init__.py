@@ -22,7 +22,7 @@ from aqnsim.aqn.schedules import (
     Schedule,
     parse,
 )
-from aqnsim.aqn.survival import DTYPES, survives
+from aqnsim.aqn.survival import DTYPES, Survival, survives
 
 __all__ = [
     "AQN",
@@ -41,6 +41,7 @@ __all__ = [
     "KStagePaper",
     "Scaled",
     "Schedule",
+    "Survival",
     "Zone",
     "ceiling",
     "inverse",

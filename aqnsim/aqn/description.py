@@ -171,12 +171,17 @@ class AQN:
 
     def schedule_of(self, site: str) -> Schedule:
         """The schedule of a site: that of its zone, if it has its own."""
-        zone = self._zone(site)
+        zone = self.zone_of(site)
         return self.schedule if zone is None or zone.schedule is None else zone.schedule
+
+    def zone_of(self, site: str) -> Zone | None:
+        """The zone of a site's layer, or None."""
+        layer = layer_of(site)
+        return None if layer is None else next((zone for zone in self.zones if layer in zone), None)
 
     def multiplier(self, site: str) -> float:
         """The factor on the sigma of a site's schedule; 1 in a zone with a schedule of its own."""
-        layer, zone = layer_of(site), self._zone(site)
+        layer, zone = layer_of(site), self.zone_of(site)
         if zone is not None:
             return 1.0 if zone.multiplier is None else zone.multiplier
         return self.default_multiplier if layer is None else self.multipliers.get(layer, self.default_multiplier)
@@ -190,10 +195,6 @@ class AQN:
         for schedule in (self.schedule, *(zone.schedule for zone in self.zones)):
             if schedule is not None:
                 schedule.check(total_steps)
-
-    def _zone(self, site: str) -> Zone | None:
-        layer = layer_of(site)
-        return None if layer is None else next((zone for zone in self.zones if layer in zone), None)
 
 
 def _check_targets(targets: str | tuple[str, ...]) -> None:

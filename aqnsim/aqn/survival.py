@@ -5,12 +5,28 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from aqnsim._errors import ConfigError, unknown
 from aqnsim.aqn.schedules import is_size
 
 DTYPES = {"fp32": (8, 23), "bf16": (8, 7), "fp16": (5, 10)}
 """Exponent and fraction bits of the dtypes of weights."""
+
+
+class Survival(NamedTuple):
+    """What noise added in place would leave of itself, in steps ``first`` to ``last``, both included.
+
+    Attributes:
+        first, last: steps.
+        sigma: the largest that a site has.
+        share: of the stored weights, those that change.
+    """
+
+    first: int
+    last: int
+    sigma: float
+    share: float
 
 
 def survives(sigma: float, weights: Iterable[float] | Mapping[float, int], dtype: str) -> float:

@@ -39,6 +39,8 @@ def perturbs_half(perturb: Primitive) -> Primitive:
         dtype = dtype or y.dtype
         if torch.float16 not in (y.dtype, dtype):
             return perturb(y, error, *args)
+        if dtype == torch.float16 and any(isinstance(m, BitFlip) for m in chain(error)):
+            raise ConfigError(f"perturb: {error} on a float16 result: bits are flipped in float32 and bfloat16 alone")
         wide = y.float() if y.dtype == torch.float16 else y
         if dtype != torch.float16:
             return perturb(wide, error, *given, dtype, measure)

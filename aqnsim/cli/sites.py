@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqnsim._errors import ConfigError
+from aqnsim._errors import ConfigError, did_you_mean
 from aqnsim.cli.output import Section
 from aqnsim.profiles import Profile
 
@@ -64,8 +64,9 @@ def small_model(family: str, **settings: Any) -> nn.Module:
     try:
         plain = transformers.AutoConfig.for_model(family)
     except ValueError as error:
+        meant = did_you_mean(family, list(transformers.CONFIG_MAPPING))
         raise ConfigError(
-            f"{family!r} is neither a folder, a configuration nor a model_type of transformers, such as llama"
+            f"{family!r} is neither a folder, a config.json nor a model_type of transformers such as llama{meant}"
         ) from error
     own = {**plain.to_dict(), **plain.attribute_map}
     sizes = {k: v for k, v in _SMALL.items() if k in own}

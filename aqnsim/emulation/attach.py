@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,25 @@ from torch import nn
 
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
-from aqnsim.aqn import AQN, layer_of
+from aqnsim.aqn import AQN, KINDS
 from aqnsim.emulation import approximate
 from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation
-from aqnsim.emulation.discovery import Candidate, candidates, token_embedding
+from aqnsim.emulation.discovery import (
+    Candidate,
+    candidates,
+    refuse_emulated,
+    refuse_patched,
+    router_feeders,
+    token_embedding,
+)
 from aqnsim.emulation.functional import Functions, emulated
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import OpSpec, Profile, load
+from aqnsim.profiles.spec import operand
 from aqnsim.receipts import PHASES, STATS, STREAMS
 
 _TRAINER_PHASES = PHASES[1:]
@@ -49,16 +57,18 @@ def emulate(
         model: fp32, bf16 or fp16, with or without PEFT, DDP, FSDP2 and torch.compile.
         profile: a name, a path to a TOML file, or a Profile.
         seed: of all noise.
-        aqn: noise on norm weights, in rollouts; needs ``begin_step`` at each step.
+        aqn: noise on the weights of norms or linear layers, in rollouts unless it says otherwise; needs ``begin_step``
+            at each step.
         run: tells repetitions of one seed apart where the hardware is not deterministic.
         example: keyword arguments for a forward, from which the ops of modules' own forwards are learnt where the
-            profile asks for such; by default a few tokens, for a model with token embeddings.
+            profile asks for such, and what feeds a router where AQN protects it; by default a few tokens, for a model
+            with token embeddings.
         strict: refuse a model that runs ops which no rule could reach; see :attr:`Emulation.coverage`.
 
     Raises:
         ConfigError: a rule that matches no op, a module that is emulated already, a class of linear layer that cannot
-            be emulated, a frozen weight that is sharded already, AQN without a norm; with ``strict``, an op that
-            cannot be emulated.
+            be emulated, a frozen weight that is sharded already, AQN of which a part reaches nothing; with ``strict``,
+            an op that cannot be emulated.
         UnknownNameError: no such profile.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -95,46 +105,67 @@ def emulate(
 
 def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None) -> list[Site]:
     """Every site, checked; nothing is changed yet."""
-    _refuse_emulated(model)
-    wanted = profile.kinds | ({"norm"} if aqn is not None else set())
+    refuse_emulated(model)
+    wanted = profile.kinds | (set(KINDS.values()) if aqn is not None else set())
     found: list[Site] = []
-    for c in candidates(model, wanted, profile.kinds, example):
+    known = candidates(model, wanted, profile.kinds, example)
+    noisy = _noisy(model, known, aqn, example) if aqn is not None else set()
+    for c in known:
         rules = {phase: profile.rule_for(c.kind, c.name, c.role, phase) for phase in _TRAINER_PHASES}
         specs = {p: OpSpec() if r is None else profile.rules[r].spec for p, r in rules.items()}
         asked = any(not spec.is_empty for spec in specs.values())
-        noisy = aqn is not None and _takes_noise(c, aqn)
-        if asked or noisy:
+        if asked or c in noisy:
             _check_candidate(c)
-            args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal, c.attends)
+            args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal, c.attends, c in noisy)
             found.append(Site(c.name, c.kind, c.role, rules, specs, *args))
     _check_rules(model, profile, found)
-    if aqn is not None:
-        _check_aqn(model, aqn, found)
     return found
 
 
-def _takes_noise(c: Candidate | Site, aqn: AQN) -> bool:
-    """Whether AQN acts on an op: on an RMSNorm that is a module of its own."""
-    if c.kind != "norm" or c.ordinal is not None or aqn.multiplier(c.name) == 0:
+def _noisy(model: nn.Module, known: list[Candidate], aqn: AQN, example: Mapping[str, Any] | None) -> set[Candidate]:
+    """The ops on whose weight AQN acts."""
+    feeders = router_feeders(model, example) if aqn.moe == "protect_router" else set()
+    reached = [
+        c
+        for c in known
+        if _may_take_noise(c) and aqn.reaches(c.name, c.kind, c.role, c.role == "router" or c.module in feeders)
+    ]
+    for name, shape in _other_experts(model):
+        if aqn.reaches(name, "linear", name.rpartition(".")[2], feeds_router=False):
+            raise ConfigError(
+                f"AQN would reach {name!r}, whose shape is {shape}: weights of experts that another forward than the "
+                "known one multiplies by cannot get noise; exclude them"
+            )
+    aqn.check_sites(reached)
+    return {c for c in reached if aqn.multiplier(c.name)}
+
+
+def _may_take_noise(c: Candidate) -> bool:
+    """Whether an op is an RMSNorm or a linear layer, a module of its own with a weight, or a mixture's experts."""
+    if c.kind not in KINDS.values() or c.ordinal is not None or c.module._parameters.get(c.weight or "") is None:
         return False
-    norm = st.norm_of(c.module)
-    return norm is not None and not norm.centred and c.module._parameters.get("weight") is not None
+    norm = st.norm_of(c.module) if c.kind == "norm" else None
+    return c.kind == "linear" or (norm is not None and not norm.centred)
 
 
-def _refuse_emulated(model: nn.Module) -> None:
+def _other_experts(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of stacked weights of experts that are no site."""
     for name, module in st.host_modules(model):
-        if any(k.startswith("aqnsim_") for k in module.__dict__):
-            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
+        if name.rpartition(".")[2] == "experts" and st.module_kind(module) is None:
+            yield from (
+                (f"{name}.{k}", tuple(p.shape)) for k, p in module._parameters.items() if p is not None and p.dim() == 3
+            )
 
 
 def _check_candidate(c: Candidate) -> None:
+    refuse_patched(c.name, c.module)
     if c.kind != "linear" or c.ordinal is not None:
         return
     weight = c.module._parameters[c.weight or "weight"]
     if isinstance(c.module, nn.Linear) and type(c.module).forward is not nn.Linear.forward:
         raise ConfigError(
             f"{c.name!r} is a {type(c.module).__qualname__}, whose forward may differ from nn.Linear's: "
-            "exclude it in the profile"
+            "exclude it in the profile, and from AQN where that targets linear layers"
         )
     if weight is not None and weight.dtype not in st.DTYPES:
         raise ConfigError(f"{c.name!r} has {weight.dtype} weights; expected float32, bfloat16 or float16")
@@ -148,21 +179,6 @@ def _check_rules(model: nn.Module, profile: Profile, found: list[Site]) -> None:
                 f"rule {i + 1} of profile {profile.name!r} ({', '.join(r.kinds)}, sites {', '.join(r.sites)}) matches "
                 f"no op of {type(model).__name__}: nothing would be emulated; `aqnsim sites` lists the ops"
             )
-
-
-def _check_aqn(model: nn.Module, aqn: AQN, found: list[Site]) -> None:
-    names = [n for n, m in st.host_modules(model) if st.module_kind(m) == "norm"]
-    layers = {layer_of(n) for n in names}
-    if missing := sorted(set(aqn.multipliers) - layers):
-        raise ConfigError(
-            f"AQN: multipliers name layers {missing} that have no norm in {type(model).__name__}: "
-            "they would have no effect"
-        )
-    if not any(_takes_noise(s, aqn) for s in found):
-        raise ConfigError(
-            f"AQN targets {aqn.targets} but {type(model).__name__} has none with a multiplier above 0 "
-            f"(multipliers {dict(aqn.multipliers)}, default {aqn.default_multiplier}): no noise would be injected"
-        )
 
 
 # ---- attach ----------------------------------------------------------------------------------------------------------
@@ -238,6 +254,8 @@ def _materialise(emulation: Emulation, bindings: list[Binding]) -> None:
         formats = {spec.forward.weight for spec in site.specs.values()}
         if weight is None or weight.requires_grad or len(formats) > 1 or None in formats or site.kind != "linear":
             continue
+        if any(text is not None and operand(text)[1] is not None for text in formats):
+            continue  # a fault is drawn at each use
         if len(shared[id(weight)]) == 1:
             emulation.materialise(site, weight)
             binding.materialised = True

@@ -323,6 +323,7 @@ def flops_of(name: str, args: Any, results: list[Tensor]) -> list[int]:
     Attention that torch runs as one op has two: those of the scores and those of the weighted values, all of them,
     whatever a mask hides.
 
+    >>> import torch
     >>> flops_of("mm", (torch.ones(2, 3), torch.ones(3, 5)), [torch.ones(2, 5)])
     [60]
     """

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aqnsim.emulation.core import Emulation
 
 _CALLS = STATS.index("calls")
+_WEIGHT_CAST, _AQN = STREAMS.index("weight"), STREAMS.index("aqn")
 _NOTHING = ["", "", ""]
 _FORWARD = slice(1, 4)  # the streams input, output and output-cast
 _BACKWARD = slice(5, 8)  # grad-input.grad, grad-input, grad-input-cast
@@ -31,7 +32,7 @@ class _Plan:
     text: str
     is_empty: bool
     draws: bool
-    casts_weight: bool
+    weight: str
     only_weight: bool
     counts_output: bool
     approximation: str
@@ -49,12 +50,12 @@ class _Plan:
             text=spec.text,
             is_empty=spec.is_empty,
             draws=spec.draws,
-            casts_weight=forward.weight is not None,
+            weight=forward.weight or "",
             only_weight=spec.only_weight,
             counts_output=not any((forward.input, forward.weight, forward.error, forward.output)),
             approximation=forward.approximation or "",
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
-            weight_entering=(steps(None, None, None), steps(None, grad_weight.error, grad_weight.output)),
+            weight_entering=(steps(forward.weight, None, None), steps(None, grad_weight.error, grad_weight.output)),
             leaving=(steps(None, forward.error, forward.output), steps(grad_input.grad, None, None)),
         )
 
@@ -103,6 +104,20 @@ class Binding:
         return True
 
     @property
+    def noise(self) -> str:
+        """The error model of AQN's noise on the weight, now; empty for none."""
+        e = self.emulation
+        if e.noise is None or e.is_off or not self.site.takes_noise:
+            return ""
+        e.check_moment()
+        return e.noise.at(self.site, e.current_phase)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the op is emulated now, or its weight noisy."""
+        return self.acts or bool(self.noise)
+
+    @property
     def draws(self) -> bool:
         """Whether the op draws random numbers now."""
         return self.plan.draws
@@ -130,9 +145,9 @@ class Binding:
         return self._stage(x, self.plan.entering, torch.float32, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
     def enter_weight(self, weight: Tensor) -> Tensor:
-        """A weight in fp32; its gradient leaves as ``grad_weight`` says."""
-        keys = [*self.keys[_FORWARD], *self.keys[_WEIGHT]]
-        return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT)
+        """A weight in fp32, after its cast; its gradient leaves as ``grad_weight`` says."""
+        keys = [self.keys[0], *self.keys[2:4], *self.keys[_WEIGHT]]
+        return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT, slice(1))
 
     def leave(
         self, y: Tensor, dtype: torch.dtype, operand: int = 0, rows: Tensor | None = None, part: int = 0
@@ -151,6 +166,7 @@ class Binding:
         keys: list[int],
         rows: Tensor | None,
         streams: slice,
+        of_forward: slice = _FORWARD,
     ) -> Tensor:
         forward, backward = steps
         if not any(forward) and not any(backward):
@@ -160,12 +176,13 @@ class Binding:
             x, forward, backward, dtype, keys, self.emulation.clock, rows, receipt[streams] if any(backward) else None
         )
         if any(forward):
-            torch.ops.aqnsim.record(receipt[_FORWARD], result[1])
+            own = receipt[of_forward]
+            torch.ops.aqnsim.record(own, result[1][: own.shape[0]])
         return result[0]
 
     def casts_weight(self, weight: Tensor) -> bool:
         """Whether the forward casts the weight: yes while it trains, no once cast(W) is written."""
-        if not self.plan.casts_weight:
+        if not self.plan.weight:
             return False
         if self.materialised and weight.requires_grad:
             raise ConfigError(
@@ -184,8 +201,13 @@ class Binding:
         cast_weight = self.casts_weight(weight)
         x, weight = autocasted(x, weight)
         bias = None if bias is None else autocasted(bias)[0]
-        if plan.only_weight and not cast_weight:
+        if plan.weight and not cast_weight:
             self.count_call("weight")
+        if self.noise:
+            if cast_weight:
+                weight = self._cast_weight(weight, part)
+            weight, cast_weight = self.noisy(weight, part), False
+        if (plan.only_weight or plan.is_empty) and not cast_weight:
             flat = x.reshape(-1, x.shape[-1]).contiguous()
             out = torch.nn.functional.linear(flat, weight, bias)
             return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -201,11 +223,25 @@ class Binding:
             receipt,
         )
         torch.ops.aqnsim.record(receipt[:4], result[1])
-        if not cast_weight and plan.casts_weight:
-            self.count_call("weight")
-        elif plan.counts_output:  # only gradients miss: no stream has counted this call
+        if plan.counts_output:  # only gradients miss: no stream has counted this call
             self.count_call("output")
         return result[0]
+
+    def _cast_weight(self, weight: Tensor, part: int) -> Tensor:
+        """``cast(W)``, straight-through: what ``linear`` does itself where no noise comes after it."""
+        cast: tuple[Tensor, Tensor] = torch.ops.aqnsim.cast(
+            weight, self.plan.weight, -1, self.keys_of(part=part)[_WEIGHT_CAST], self.emulation.clock, None, True
+        )
+        torch.ops.aqnsim.record(self.receipt()[_WEIGHT_CAST], cast[1])
+        return cast[0]
+
+    def noisy(self, weight: Tensor, part: int = 0) -> Tensor:
+        """``w + sigma z`` in fp32, then the dtype of ``w``; straight-through."""
+        noisy: tuple[Tensor, Tensor] = torch.ops.aqnsim.perturb(
+            weight, self.noise, self.keys_of(part=part)[_AQN], self.emulation.clock, None, None, True
+        )
+        torch.ops.aqnsim.record(self.receipt()[_AQN], noisy[1])
+        return noisy[0]
 
     def matmul(
         self,
@@ -240,10 +276,3 @@ class Binding:
         if self.plan.counts_output:
             self.count_call("output")
         return result[0]
-
-    def aqn_sigma(self) -> float:
-        """AQN's sigma at this site, now; 0 outside the noise's phases."""
-        e = self.emulation
-        if e.is_off or e.aqn is None or e.current_phase not in e.aqn.phases:
-            return 0.0
-        return e.sigma * e.aqn.multiplier(self.site.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError, RealisationError, unknown
-from aqnsim.aqn import AQN
+from aqnsim.aqn import AQN, Survival
 from aqnsim.emulation import checkpoint
 from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.noise import WeightNoise
 from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
@@ -132,6 +133,7 @@ class Emulation:
         example: keyword arguments of a forward that shows which ops there are; None for a few tokens.
         step, total_steps: as :meth:`begin_step` set them; None before.
         clock: run, phase and step, as ops take them; see :func:`aqnsim.rng.clock`.
+        noise: AQN at its sites; None without AQN.
     """
 
     def __init__(self, model: nn.Module, profile: Profile, seed: int, aqn: AQN | None, run: int) -> None:
@@ -147,10 +149,11 @@ class Emulation:
         self._rows: Rows | Tensor | None = None
         self._sequences: Tensor | None = None
         self.example: Mapping[str, Any] | None = None
+        self.is_restored = False
         self._swaps: list[_Swap] = []
         self._undo: list[Callable[[], None]] = []
         self._masters: list[_Frozen] = []
-        self._sigmas: set[float] = set()  # every sigma that a step asked for
+        self.noise = None if aqn is None else WeightNoise(aqn)
         self._set_clock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Emulation:
@@ -162,24 +165,29 @@ class Emulation:
         """Set the training step: the only place where noise and the AQN schedule advance.
 
         Raises:
-            ConfigError: a step outside 0 .. total_steps, or a schedule that would be 0 at every step.
+            ConfigError: a step outside 0 .. total_steps, a schedule that would be 0 at every step, or sigmas that are
+                relative to weights which ``off()`` has taken away.
         """
         check_step(step)
         if not 0 <= step <= total_steps:
             raise ConfigError(f"begin_step: expected 0 <= step <= {total_steps}, got {step}")
-        if self.aqn is not None and total_steps != self.total_steps:
-            self.aqn.schedule.check(total_steps)
+        if self.noise is not None:
+            if total_steps != self.total_steps:
+                self.noise.aqn.check(total_steps)
+            if self.is_off and self.noise.aqn.relative_to == "rms":
+                raise ConfigError("begin_step inside of off(): the sigma of AQN is relative to the emulated weights")
+            self.noise.begin_step(step, total_steps)
         self.step, self.total_steps = step, total_steps
         self._set_clock()
-        self._sigmas.add(self.sigma)
 
     def _set_clock(self) -> None:
         # a new tensor: a pending backward keeps its own, and a compiled graph takes it as an input
-        self.clock = torch.tensor(clock(self.step, self._phase, self.run))
+        with torch.inference_mode(False):  # a rollout's phase may end there, and a backward is to save the clock
+            self.clock = torch.tensor(clock(self.step, self._phase, self.run), device="cpu")
 
     @property
     def sigma(self) -> float:
-        """AQN's sigma at this step, before layer multipliers; 0 without AQN."""
+        """The sigma of AQN's schedule at this step, which sites scale; 0 without AQN."""
         if self.aqn is None:
             return 0.0
         if self.total_steps is None:
@@ -356,7 +364,8 @@ class Emulation:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must hold for a resumed run to end with the same receipts."""
-        return {"totals": self.totals.clone(), "sigmas": torch.tensor(sorted(self._sigmas), dtype=torch.float64)}
+        peaks = [] if self.noise is None else list(self.noise.peaks.values())
+        return {"totals": self.totals.clone(), "sigmas": torch.tensor(peaks, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state_dict` of an emulation of the same model and profile.
@@ -370,7 +379,8 @@ class Emulation:
                 f"{tuple(self.totals.shape)}: it is another model, profile or AQN"
             )
         self.totals.copy_(state["totals"])
-        self._sigmas = set(state["sigmas"].tolist())
+        if self.noise is not None:
+            self.noise.peaks = dict(zip(self.noise.peaks, state["sigmas"].tolist(), strict=True))
 
     def save_pretrained(
         self,
@@ -409,8 +419,31 @@ class Emulation:
 
     def report(self, since: ReceiptTotals | None = None) -> Report:
         """The receipts, requested beside realised: printed it is a table; see :class:`aqnsim.report.Report`."""
+        report = self._report(since)
+        if self.noise is None or self.total_steps is None:
+            return report
+        return replace(report, survival=tuple(self.survival()))
+
+    def _report(self, since: ReceiptTotals | None = None) -> Report:
         receipts = tuple(self.receipts(since))
         return Report(self.profile.name, self.profile.fingerprint, self.seed, len(self.sites), receipts)
+
+    def survival(self, total_steps: int | None = None) -> list[Survival]:
+        """The share of stored weights that change where AQN's noise is added in place, for each stretch of equal sigma.
+
+        Each weight counts in its own dtype, by :func:`aqnsim.aqn.survives`; a large one by evenly spaced values.
+
+        Args:
+            total_steps: of the run; by default as :meth:`begin_step` was told.
+
+        Raises:
+            ConfigError: there is no AQN, or the run's length is not known yet.
+        """
+        total_steps = self.total_steps if total_steps is None else total_steps
+        if self.noise is None or total_steps is None:
+            what = "no AQN is asked for" if self.noise is None else "give total_steps, as no step has begun"
+            raise ConfigError(f"survival: {what}")
+        return self.noise.survival(total_steps)
 
     def check(self, backward: bool = False, false_alarm: float = 1e-6) -> None:
         """Fail where something was requested and did not happen.
@@ -421,7 +454,7 @@ class Emulation:
 
         Raises:
             RealisationError: a site that was never called, an error that changed no value, an AQN schedule that never
-                advanced, stayed at 0 or reached no norm, a sigma that is not the one asked for. The message names the
+                advanced, stayed at 0 or missed a site, a sigma that is not the one asked for. The message names the
                 site or the schedule.
         """
         calls = self.totals[..., _CALLS]
@@ -438,9 +471,9 @@ class Emulation:
                     )
         if backward:
             self._check_backward(calls)
-        if self.aqn is not None:
-            self._check_aqn(calls)
-        if violations := self.report().violations(false_alarm):
+        if self.noise is not None:
+            self.noise.check(calls[:, :, STREAMS.index("aqn")].sum(1))
+        if violations := self._report().violations(false_alarm):
             raise RealisationError("; ".join(violations))
 
     def _check_backward(self, calls: Tensor) -> None:
@@ -455,20 +488,6 @@ class Emulation:
                         "but no backward pass reached any of its sites"
                     )
 
-    def _check_aqn(self, calls: Tensor) -> None:
-        assert self.aqn is not None
-        if self.total_steps is None:
-            raise RealisationError(f"{self.aqn.schedule} never advanced: begin_step was not called")
-        if not any(s > 0 for s in self._sigmas):
-            raise RealisationError(f"{self.aqn.schedule} stayed at sigma 0 in every step of this run")
-        for site in self.sites:
-            noisy = site.kind == "norm" and self.aqn.multiplier(site.name) > 0
-            if noisy and not calls[site.index, :, STREAMS.index("aqn")].any():
-                raise RealisationError(
-                    f"AQN reached no forward of {site.name!r}: sigma was up to {max(self._sigmas)}, but the norm "
-                    f"was never called in phase {' or '.join(self.aqn.phases)}"
-                )
-
     def _is_error(self, site: Site, stream: str) -> bool:
         if stream == "aqn":
             return True
@@ -477,7 +496,8 @@ class Emulation:
 
     def _requested(self, site: Site, stream: str, phase: str) -> str:
         if stream == "aqn":
-            return "absolute-gaussian(schedule)"
+            relative = self.aqn is not None and self.aqn.relative_to == "rms"
+            return "absolute-gaussian(schedule * rms)" if relative else "absolute-gaussian(schedule)"
         part, name = _FIELDS[stream]
         asked = getattr(site.specs["train" if phase == "attach" else phase], part)
         names = ("accumulator", "approximation", "error") if name == "error" else (name,)
@@ -490,6 +510,8 @@ class Emulation:
 
     def add_site(self, site: Site) -> Binding:
         self.sites.append(site)
+        if self.noise is not None and site.takes_noise:
+            self.noise.add(site)
         return Binding(self, site)
 
     def swap(self, module: nn.Module, cls: type[nn.Module], attributes: Mapping[str, Any]) -> None:
@@ -511,9 +533,11 @@ class Emulation:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """Which ops a forward runs, and which of them are emulated; found when first asked for.
+        """Which ops a forward runs, and which of them are emulated: of the example, or a few tokens. Found when first
+        asked for.
 
         Raises:
+            ConfigError: the emulation was restored before.
             RealisationError: an op that a rule matches runs as torch makes it.
         """
         from aqnsim.emulation.coverage import coverage_of  # which attaches emulations itself
@@ -583,6 +607,7 @@ class Emulation:
             self._check_frozen()
             self._hold(masters=True)
         self._masters.clear()
+        self.is_restored = True
         while self._swaps:
             self._swaps.pop().undo()
         while self._undo:

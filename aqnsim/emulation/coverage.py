@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import nn
 from aqnsim._errors import ConfigError, RealisationError
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.audit import Audit, Key, Work
-from aqnsim.emulation.discovery import Candidate, Structure, example_of, recording, run_example
+from aqnsim.emulation.discovery import Candidate, Structure, example_of, recording, refuse_emulated, run_example
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS
@@ -174,6 +175,7 @@ def survey(
     from aqnsim.emulation.attach import emulate  # which checks coverage itself, where it is strict
 
     kwargs = example_of(model, example, batch, length)
+    refuse_emulated(model)
     if profile is None:
         return _coverage(model, None, *_clean(model, kwargs))
     emulation = emulate(model, profile, example=kwargs)
@@ -187,8 +189,11 @@ def coverage_of(emulation: Emulation) -> Coverage:
     """The coverage of a model that is emulated.
 
     Raises:
+        ConfigError: it was restored before.
         RealisationError: an op that a rule matches runs as torch makes it.
     """
+    if emulation.is_restored:
+        raise ConfigError("coverage: the emulation was restored; ask for it before, or survey the model")
     kwargs = example_of(emulation.model, emulation.example)
     with emulation.detached() as model:
         found, audit = _clean(model, kwargs)
@@ -218,7 +223,8 @@ def _emulated(emulation: Emulation, kwargs: Mapping[str, Any]) -> tuple[Audit, t
     acting = [s for s in emulation.sites if not s.specs[emulation.current_phase].is_empty]
     audit = Audit(kwargs, {s.module: _scope_kind(s.kind, s.module) for s in acting if s.ordinal is None})
     state, moment = emulation.state_dict(), emulation.moment
-    with emulation.at(moment), audit.listening(emulation.model, lambda f, i, *_: f.acting_kind(i)):
+    quiet = nullcontext() if emulation.noise is None else emulation.noise.paused()
+    with emulation.at(moment), quiet, audit.listening(emulation.model, lambda f, i, *_: f.acting_kind(i)):
         run_example(emulation.model, kwargs)
     counted = emulation.totals - state["totals"]
     emulation.load_state_dict(state)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aqnsim._errors import ConfigError
 from aqnsim.emulation import modules as em
@@ -83,11 +84,54 @@ def candidates(
     found = [c for c in structure.ops if c.kind in kinds]
     if not _may_compute(structure.containers, inner):
         return found
+    for module, name in structure.containers.items():
+        refuse_patched(name, module)
     kwargs = example_of(model, example)
     activations = Activations(kwargs)
     with recording(structure.containers, activations) as recorders, activations:
         run_example(model, kwargs)
     return [*found, *(c for c in structure.of_recorders(recorders) if c.kind in inner)]
+
+
+def router_feeders(model: nn.Module, example: Mapping[str, Any] | None = None) -> set[nn.Module]:
+    """The norms and linear layers whose output a router reads, as a forward shows: it is the tensor that the router, or
+    the block that has it beside its experts, is given.
+
+    Raises:
+        ConfigError: a router that reads no such output in that forward, so that it cannot be protected.
+    """
+    structure = Structure.of(model)
+    makers: dict[int, nn.Module] = {}  # of the tensors at each address
+    outputs: list[Any] = []  # kept, or their addresses would be used again
+    found: dict[str, set[nn.Module]] = {router: set() for router in structure.routers}
+
+    def made(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output)
+            makers[output.untyped_storage().data_ptr()] = module
+
+    def given(router: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        addresses = {t.untyped_storage().data_ptr() for t in tensors}
+        found[router].update(makers[a] for a in addresses & makers.keys())
+
+    with ExitStack() as stack:
+        for c in structure.ops:
+            if c.kind in ("norm", "linear") and not st.holds_experts(c.module):
+                stack.callback(c.module.register_forward_hook(made).remove)
+        for name, module in st.host_modules(model) if found else ():
+            for router in found:
+                if name in (router, router.rpartition(".")[0]):
+                    hook = partial(lambda router, _, args, kwargs: given(router, args, kwargs), router)
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if found:
+            run_example(model, example_of(model, example))
+    if lost := sorted(router for router, feeders in found.items() if not feeders):
+        raise ConfigError(
+            f"moe = 'protect_router': the router {lost[0]!r} reads no output of a norm or a linear layer in the "
+            "example's forward, so what to protect is unknown: use moe = 'all', and exclude what feeds it by name"
+        )
+    return set().union(*found.values())
 
 
 def _of_module(name: str, kind: str, module: nn.Module, routers: set[str]) -> list[Candidate]:
@@ -195,6 +239,26 @@ def run_example(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def refuse_patched(name: str, module: nn.Module) -> None:
+    """Refuse a module whose class's forward is not what runs: another class would have no effect."""
+    if "forward" in module.__dict__:
+        raise ConfigError(
+            f"{name!r} has a forward of its own, set on the module (by accelerate, a kernel library?), which runs in "
+            "place of its class's: emulate the model before, or exclude it in the profile"
+        )
+
+
+def refuse_emulated(model: nn.Module) -> None:
+    """Refuse a model that an emulation is at work on.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, module in st.host_modules(model):
+        if any(k.startswith("aqnsim_") for k in module.__dict__):
+            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
 
 
 def token_embedding(model: nn.Module) -> nn.Module | None:

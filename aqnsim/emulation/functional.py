@@ -139,7 +139,7 @@ def emulated(kind: str, bindings: dict[str, Binding]) -> Emulated:
     """The emulated op of a kind; ``attention`` takes a binding for each of its parts."""
     if kind == "attention":
         return Attention({part: bindings[part] for part in PARTS if part in bindings})
-    run = {"linear": _linear, "matmul": _matmul, "loss": _loss}.get(kind, _elementwise)
+    run = {"linear": _linear, "matmul": _matmul, "conv": _conv, "loss": _loss}.get(kind, _elementwise)
     return _Op(run, bindings[kind])
 
 
@@ -204,6 +204,19 @@ def _linear(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwa
 
 
 _FACTORS = ("batch1", "batch2", "mat1", "mat2", "other")
+
+
+def _conv(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A convolution: blocks of both operands run along the channels, the bias is added before the error."""
+    given = {
+        **dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False)),
+        **kwargs,
+    }
+    x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+    entered = b.enter(x.movedim(1, -1), 0, b.rows(x.movedim(1, -1))).movedim(-1, 1)
+    w = b.enter_weight(weight.movedim(1, -1)).movedim(-1, 1)
+    y = function(entered, w, None if bias is None else bias.float(), **given).movedim(1, -1)
+    return b.leave(y, x.dtype, 0, b.rows(y)).movedim(-1, 1)
 
 
 def _matmul(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -18,10 +18,6 @@ from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation, Moment
 from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
 from aqnsim.emulation.sites import Experts, Norm
-from aqnsim.errors import AbsoluteGaussian
-from aqnsim.receipts import STREAMS
-
-_AQN = STREAMS.index("aqn")
 
 
 class _Class:
@@ -51,13 +47,13 @@ class Emulated:
 
 
 class EmulatedLinear(Emulated, nn.Linear):
-    """A linear layer whose products run as its site's OpSpec says, forward and backward."""
+    """A linear layer whose products run as its site says, forward and backward; with AQN, of ``w + sigma z``."""
 
     aqnsim_binding: Binding
 
     def forward(self, input: Tensor) -> Tensor:
         site = self.aqnsim_binding
-        if not site.acts:
+        if not site.changes:
             return super().forward(input)
         return site.linear(input, self.weight, self.bias)
 
@@ -71,7 +67,7 @@ class EmulatedTransposedLinear(Emulated):
 
     def forward(self, x: Tensor) -> Any:
         site = self.aqnsim_binding
-        if not site.acts:
+        if not site.changes:
             return super().forward(x)  # type: ignore[misc]
         return site.linear(x, self.weight.t(), self.bias)
 
@@ -85,8 +81,8 @@ class EmulatedNorm(Emulated):
 
     def forward(self, hidden_states: Tensor) -> Any:
         site = self.aqnsim_binding
-        sigma = site.aqn_sigma()
-        if sigma == 0.0 and not site.acts:
+        noise = site.noise
+        if not noise and not site.acts:
             return super().forward(hidden_states)  # type: ignore[misc]
         weight, bias = self.weight, getattr(self, "bias", None)
         rows = site.rows(hidden_states, "bshd") if site.acts else None
@@ -94,20 +90,11 @@ class EmulatedNorm(Emulated):
         if site.acts:
             x = site.enter(x, 0, rows)
             weight = None if weight is None else site.enter_weight(weight)  # type: ignore[assignment]
-        if sigma:
-            weight = _noisy(site, weight, sigma)  # type: ignore[arg-type, assignment]
+        if noise:
+            weight = site.noisy(weight.float())  # type: ignore[union-attr, assignment]
         tables = site.plan.approximation if site.acts else ""
         y = approximate.norm(self.aqnsim_norm, x, weight, bias, tables) if tables else self.aqnsim_norm(x, weight, bias)
         return site.leave(y, hidden_states.dtype, 0, rows) if site.acts else y.to(hidden_states.dtype)
-
-
-def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
-    """``w + sigma z`` in fp32."""
-    noisy, stats = torch.ops.aqnsim.perturb(
-        weight.float(), str(AbsoluteGaussian(sigma)), site.keys[_AQN], site.emulation.clock, None, None, None, True
-    )
-    torch.ops.aqnsim.record(site.receipt()[_AQN], stats)
-    return noisy  # type: ignore[no-any-return]
 
 
 class EmulatedElementwise(Emulated):
@@ -155,7 +142,7 @@ class EmulatedExperts(Emulated):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
         sites = self.aqnsim_bindings
-        if not any(site.acts for site in sites.values()):
+        if not any(site.changes for site in sites.values()):
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
         emulation = next(iter(sites.values())).emulation
         tokens = emulation.rows_of(hidden_states)
@@ -176,7 +163,7 @@ class EmulatedExperts(Emulated):
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
         experts, site = self.aqnsim_experts, self.aqnsim_bindings.get(name)
         weight, bias = experts.weight(self, name, expert), experts.bias(self, name, expert)  # type: ignore[arg-type]
-        if site is None or not site.acts:
+        if site is None or not site.changes:
             return nn.functional.linear(x, weight, bias)
         return site.linear(x, weight, bias, part=expert + 1)
 

@@ -96,13 +96,14 @@ def rows_of_forward(kwargs: Mapping[str, Any], tokens: Tensor, sequences: Tensor
     past = cache.get_seq_length() if cache is not None else 0
     indices = torch.arange(length, device=device).expand(batch, -1) + past
     positions, starts = indices, torch.zeros_like(indices)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    by_mask = isinstance(mask, Tensor) and mask.dim() == 2  # a static cache has a mask of four dimensions
+    if isinstance(mask, Tensor) and by_mask:
         counted = mask.long().cumsum(-1) - 1
         starts = (counted < 0).sum(-1, keepdim=True).expand(-1, length)
         positions = counted[:, -length:]
     if isinstance(given, Tensor) and given.shape == (batch, length):
         positions = given.long()
-        if mask is None or (sequences is not None and sequences.dim() == 2):
+        if not by_mask or (sequences is not None and sequences.dim() == 2):
             starts = indices - positions
     if length > 1 << POSITION_BITS:
         raise ConfigError(f"noise is keyed by positions below 2^{POSITION_BITS}, but a sequence has {length} tokens")

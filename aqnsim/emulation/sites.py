@@ -34,6 +34,7 @@ class Site:
         weight_axis: the axis of that parameter which the product sums over.
         ordinal: of an operation in the module's own forward; None for a module that is an op as a whole.
         attends: whether the op is a part of an attention: one operation, with the same ordinal as the others.
+        takes_noise: whether AQN acts on the weight.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Site:
     weight_axis: int = -1
     ordinal: int | None = None
     attends: bool = False
+    takes_noise: bool = False
 
     @property
     def parameter(self) -> nn.Parameter | None:

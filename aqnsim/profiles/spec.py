@@ -35,13 +35,44 @@ KINDS = (*GEMMS, *ELEMENTWISE)
 BIASES = ("exact", "missed")
 
 
-def _canonical_format(name: Any, where: str) -> str | None:
-    """One text for one format, so that two spellings of it have the same fingerprint."""
-    if name is None:
+@lru_cache(maxsize=1024)
+def operand(text: str) -> tuple[str, errors.BitFlip | None]:
+    """The format of a text such as ``mxfp4`` or ``mxfp4 + bit-flip(rate=1e-6, target=codes)``, and the fault in it.
+
+    Raises:
+        ConfigError: what stands after the format is not one flip of its codes or scales.
+        UnknownNameError: no such format or error model.
+
+    >>> operand("mxfp4"), operand("hif8 + bit-flip(rate=0.5, target=codes)")[1].rate
+    (('mxfp4', None), 0.5)
+    """
+    name, plus, fault = text.partition(" + ")
+    fmt = str(formats.get(name.strip()))
+    if not plus:
+        return fmt, None
+    model = errors.parse(fault)
+    if not isinstance(model, errors.BitFlip) or model.target == "value":
+        raise ConfigError(
+            f"operand {text!r}: after a format stands a bit-flip with target=codes or target=scales, got {fault!r}; "
+            "other errors act on results"
+        )
+    return fmt, model
+
+
+def operand_draws(text: str) -> bool:
+    """Whether an operand's cast draws random numbers: its rounding is stochastic or it has a fault."""
+    fmt, fault = operand(text)
+    return fault is not None or bool(formats.random_bits(formats.get(fmt)))
+
+
+def _canonical_operand(text: Any, where: str) -> str | None:
+    """One text for one format and fault, so that two spellings of it have the same fingerprint."""
+    if text is None:
         return None
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}: expected the name of a format, got {name!r}")
-    return str(formats.get(name))
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected the name of a format, got {text!r}")
+    fmt, fault = operand(text)
+    return fmt if fault is None else f"{fmt} + {fault}"
 
 
 def _canonical_error(text: Any, where: str) -> str | None:
@@ -50,7 +81,7 @@ def _canonical_error(text: Any, where: str) -> str | None:
         return None
     if not isinstance(text, str):
         raise ConfigError(f"{where}: expected an error model's text, got {text!r}")
-    return str(errors.parse(text))
+    return errors.chain_text(errors.chain(text))
 
 
 def _canonical_accumulator(text: Any, where: str) -> str | None:
@@ -72,10 +103,10 @@ def _canonical_approximation(text: Any, where: str) -> str | None:
 
 
 _CANONICAL = {
-    "input": _canonical_format,
-    "weight": _canonical_format,
-    "grad": _canonical_format,
-    "output": _canonical_format,
+    "input": _canonical_operand,
+    "weight": _canonical_operand,
+    "grad": _canonical_operand,
+    "output": _canonical_operand,
     "error": _canonical_error,
     "accumulator": _canonical_accumulator,
     "approximation": _canonical_approximation,
@@ -106,6 +137,7 @@ class Forward(_Part):
 
     Attributes:
         input: format of the first operand; of every operand of an elementwise op, with blocks along its last axis.
+            After a format, `` + bit-flip(...)`` flips bits of its codes or scales; so for every format below.
         weight: format of the second operand: a weight, the keys of ``qk``, the values of ``pv``.
         accumulator: how the products are added, a name of :data:`aqnsim.accumulator.MATRIX_UNITS` or an accumulator's
             text; None adds as torch does, in fp32.
@@ -196,12 +228,12 @@ _ELEMENTWISE_FIELDS = {
     "grad_input": ("grad", "error", "output"),
     "grad_weight": ("error", "output"),
 }
+_WITH_WEIGHT = ("norm", "conv")
 _FROM_TABLES: dict[str, tuple[str, ...]] = {
     "softmax": ("exp", "reciprocal"),
     "norm": ("rsqrt",),
     "activation": (),
 }
-_WITH_WEIGHT = ("norm", "embedding", "conv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,14 +278,18 @@ class OpSpec:
 
     @property
     def draws(self) -> bool:
-        """Whether anything random enters: an error or a stochastic rounding."""
-        return self.has_error or any(formats.random_bits(formats.get(f)) for f in self.formats)
+        """Whether anything random enters: an error, a stochastic rounding or a fault."""
+        return self.has_error or any(operand_draws(text) for text in self._operands)
 
     @property
     def formats(self) -> list[str]:
         """Every format that is named, sorted."""
-        named = (v for _, part in self.parts for k, v in part.asked.items() if _CANONICAL.get(k) is _canonical_format)
-        return sorted(set(named))
+        return sorted({operand(text)[0] for text in self._operands})
+
+    @property
+    def _operands(self) -> set[str]:
+        fields = ((k, v) for _, part in self.parts for k, v in part.asked.items())
+        return {v for k, v in fields if _CANONICAL.get(k) is _canonical_operand}
 
     def check(self, kind: str, where: str) -> None:
         """Refuse what an op of a kind has not got.
@@ -277,6 +313,10 @@ class OpSpec:
                 allowed = ()
             if kind == "conv" and name == "forward":
                 allowed = (*allowed, "weight")
+            if kind == "embedding" and name == "grad_input":
+                allowed = ("grad",)  # a look-up computes no gradient: the table's is the incoming one
+            if kind == "embedding" and name == "forward":
+                allowed = ("error", "output")
             for key in part.asked:
                 if key not in allowed:
                     raise ConfigError(

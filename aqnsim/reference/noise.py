@@ -124,7 +124,7 @@ def _blocks(rows: I64, columns: int, key: int, word: int) -> U32:
 
 def _columns(blocks: npt.NDArray[Any], rows: I64, columns: int) -> npt.NDArray[Any]:
     taken = _first(rows)[:, None] % 4 + np.arange(columns)
-    return np.take_along_axis(blocks.reshape(len(rows), -1), taken, axis=1)
+    return np.take_along_axis(blocks.reshape(len(rows), 4 * blocks.shape[1]), taken, axis=1)
 
 
 @dataclass(frozen=True)

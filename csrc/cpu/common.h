@@ -52,6 +52,18 @@ Stats total(const std::vector<Stats>& parts) {
   return t;
 }
 
+// body(i, lane) for n values, a fixed number of lanes at a time: a loop of known length is what compilers vectorise
+// best.
+template <class Body>
+AQN_HD void in_lanes(int n, const Body& body) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) body(i + j, j);
+  }
+  for (int j = 0; i + j < n; ++j) body(i + j, j);
+}
+
 template <class T>
 AQN_HD void load_all(float* to, const T* from, int n) {
 #pragma omp simd

@@ -164,25 +164,21 @@ AQN_HD int miss_tile(const ErrorModel& m, float* y, const float* magnitude, cons
 // injected is measured in units of what a lone Gaussian model misses by a share of.
 AQN_HD void measure_perturb(const float* before, const float* after, const float* clean, const float* stored,
                             const float* unit, int n, Sums& sums) {
-  for (int i = 0; i < n; i += kLanes) {
-    const int lanes = std::min(kLanes, n - i);
-#pragma omp simd
-    for (int j = 0; j < lanes; ++j) {
-      const float y = before[i + j], u = unit[i + j], held = stored[i + j], was = clean[i + j];
-      const bool finite = is_finite(held), comparable = finite & is_finite(was);
-      const bool sound = is_finite(y) & is_finite(u) & (u != 0.0f);
-      const float share = (after[i + j] - y) / (sound ? u : 1.0f);
-      const bool measurable = sound & is_finite(share);
-      const double from = comparable ? was : 0.0f, to = comparable ? held : 0.0f;
-      const double reference = finite ? y : 0.0f, injected = measurable ? share : 0.0f, e = to - from;
-      sums.error2[j] += e * e;
-      sums.reference2[j] += reference * reference;
-      sums.injected2[j] += injected * injected;
-      sums.injected_n[j] += measurable ? 1 : 0;
-      sums.changed[j] += differs(held, was) ? 1 : 0;
-      sums.nonfinite[j] += finite ? 0 : 1;
-    }
-  }
+  in_lanes(n, [&](int i, int lane) {
+    const float y = before[i], u = unit[i], held = stored[i], was = clean[i];
+    const bool finite = is_finite(held), comparable = finite & is_finite(was);
+    const bool sound = is_finite(y) & is_finite(u) & (u != 0.0f);
+    const float share = (after[i] - y) / (sound ? u : 1.0f);
+    const bool measurable = sound & is_finite(share);
+    const double from = comparable ? was : 0.0f, to = comparable ? held : 0.0f, e = to - from;
+    const double reference = finite ? y : 0.0f, injected = measurable ? share : 0.0f;
+    sums.error2[lane] += e * e;
+    sums.reference2[lane] += reference * reference;
+    sums.injected2[lane] += injected * injected;
+    sums.injected_n[lane] += measurable ? 1 : 0;
+    sums.changed[lane] += differs(held, was) ? 1 : 0;
+    sums.nonfinite[lane] += finite ? 0 : 1;
+  });
 }
 
 template <class T>
@@ -211,11 +207,8 @@ void measure_tile(const float* before, const float* after, const float* unit, co
   load_all(clean, held, kTile);
   store_all(held, after, kTile);
   load_all(stored, held, kTile);
-  const int low = t.low, n = t.high - t.low;
-  if (n == kTile)
-    measure_perturb(before, after, clean, stored, unit, kTile, sums);
-  else
-    measure_perturb(before + low, after + low, clean + low, stored + low, unit + low, n, sums);
+  const int low = t.low;
+  measure_perturb(before + low, after + low, clean + low, stored + low, unit + low, t.high - low, sums);
 }
 
 template <class In, class Out, bool Measure>
