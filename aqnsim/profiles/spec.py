@@ -236,6 +236,28 @@ _FROM_TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
+def fields_of(kind: str) -> dict[str, tuple[str, ...]]:
+    """The fields of each direction that mean something for an op of a kind.
+
+    >>> fields_of("embedding")["forward"]
+    ('error', 'output')
+    """
+    if kind in GEMMS:
+        named = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in PARTS.items()}
+        return {name: tuple(f for f in fields if f != "approximation") for name, fields in named.items()}
+    fields = dict(_ELEMENTWISE_FIELDS)
+    if kind not in _FROM_TABLES:
+        fields["forward"] = ("input", "error", "output")
+    if kind not in _WITH_WEIGHT:
+        fields["grad_weight"] = ()
+    if kind == "conv":
+        fields["forward"] += ("weight",)
+    if kind == "embedding":
+        fields["forward"] = ("error", "output")
+        fields["grad_input"] = ("grad",)  # a look-up computes no gradient: the table's is the incoming one
+    return fields
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpSpec:
     """What one op does, forward and for each gradient on its own."""
@@ -307,16 +329,9 @@ class OpSpec:
             approximation.parse(tables).check(f"{where}: a {kind}", *_FROM_TABLES[kind])
         if kind in GEMMS:
             return
+        fields = fields_of(kind)
         for name, part in self.parts:
-            allowed = _ELEMENTWISE_FIELDS[name]
-            if name == "grad_weight" and kind not in _WITH_WEIGHT:
-                allowed = ()
-            if kind == "conv" and name == "forward":
-                allowed = (*allowed, "weight")
-            if kind == "embedding" and name == "grad_input":
-                allowed = ("grad",)  # a look-up computes no gradient: the table's is the incoming one
-            if kind == "embedding" and name == "forward":
-                allowed = ("error", "output")
+            allowed = fields[name]
             for key in part.asked:
                 if key not in allowed:
                     raise ConfigError(
