@@ -128,51 +128,76 @@ def run(model: nn.Module, emu: Emulation) -> None:
                 loss.backward()
 
 
-def streams(spec: OpSpec) -> Iterator[tuple[str, str]]:
-    """The receipts of a spec: each stream, and a text that its request holds."""
+def streams(spec: OpSpec) -> dict[str, str]:
+    """The receipts of a spec, one for each format and error: the stream, and a text that its request holds."""
+    found = {}
     for name, value in flat(spec).items():
         part, field = name.split(".")
         prefix = "" if part == "forward" else part.replace("_", "-")
-        if field in ("accumulator", "approximation", "error"):
-            yield prefix or "output", value
+        if field == "error":
+            found[prefix or "output"] = value
         elif field == "output":
-            yield f"{prefix or 'output'}-cast", value
+            found[f"{prefix or 'output'}-cast"] = value
         elif field in ("input", "weight", "grad"):
-            yield f"{prefix}.{field}".removeprefix("."), value
+            found[f"{prefix}.{field}".removeprefix(".")] = value
+    return found
 
 
 @pytest.mark.parametrize("name", EMULATING)
 def test_every_shipped_profile_does_what_it_says_at_every_op_it_says(name: str) -> None:
     profile, model = load(name), llama()
-    ops = [op for op in survey(model).ops if op.status != "constant"]
+    expected = {}
+    for op in survey(model).ops:
+        for phase in PHASES:
+            rule = profile.rule_for(op.kind, op.name, op.role, phase)
+            if rule is not None and op.status != "constant":
+                asked = streams(profile.rules[rule].spec)
+                expected |= {(op.name, phase, s): text for s, text in asked.items() if is_made(s, phase)}
     with aqnsim.emulate(model, profile) as emu:
         run(model, emu)
         emu.check(backward=True)
         found = {(r.site, r.phase, r.stream): r.requested for r in emu.receipts()}
-    expected = {}
-    for op in ops:
-        for phase in PHASES:
-            rule = profile.rule_for(op.kind, op.name, op.role, phase)
-            asked = OpSpec() if rule is None else profile.rules[rule].spec
-            forward_only = phase != "train"
-            expected |= {
-                (op.name, phase, stream): text
-                for stream, text in streams(asked)
-                if not (forward_only and stream.startswith("grad"))
-            }
     assert expected
-    assert {key: found[key] for key in expected if key in found} == expected | {}
-    assert set(found) == set(expected)
+    assert found.keys() == expected.keys()
+    assert [key for key, text in expected.items() if text not in found[key]] == []
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+def is_made(stream: str, phase: str) -> bool:
+    """Whether :func:`run` makes a stream in a phase: gradients in training alone."""
+    return phase == "train" or not stream.startswith("grad-")
+
+
+UNMEASURED = ("accumulator", "approximation")
+"""Fields that leave no receipt of their own."""
+
+
+@pytest.mark.parametrize("name", [n for n in EMULATING if re.search("accumulator|table", to_toml(load(n)))])
+def test_accumulators_and_tables_of_shipped_profiles_change_logits_and_gradients(name: str) -> None:
+    profile = load(name)
+    for field in UNMEASURED:
+        text = re.sub(rf"\n\w+\.{field} = [^\n]+", "", to_toml(profile))
+        if from_toml(text) == profile:
+            continue
+        results = []
+        for p in (profile, from_toml(text)):
+            model = llama()
+            with aqnsim.emulate(model, p):
+                loss = model(input_ids=tokens(), labels=tokens()).loss
+                loss.backward()
+            results.append((loss.detach(), model.model.layers[0].mlp.up_proj.weight.grad))
+        assert not torch.equal(results[0][1], results[1][1])
+        torch.testing.assert_close(results[0], results[1], rtol=0.2, atol=0.05)
 
 
 def test_noise_on_all_ops_reaches_every_kind_of_op_forward_and_backward() -> None:
     profile = load("noise-5pct-all-ops")
-    assert profile.kinds == set(KINDS)
+    assert profile.kinds == set(KINDS) - {"embedding"}  # which it excludes
     assert {text for r in profile.rules for text in flat(r.spec).values()} == {"relative-gaussian(sigma=0.05)"}
     for rule in profile.rules:
-        assert rule.spec.forward.error and rule.spec.grad_input.error
-        weighted = set(rule.kinds) & {*GEMMS, "norm", "conv", "embedding"}
+        assert rule.spec.forward.error
+        assert rule.spec.grad_input.error
+        weighted = set(rule.kinds) & {*GEMMS, "norm", "conv"}
         assert bool(rule.spec.grad_weight.error) == bool(weighted) == (weighted == set(rule.kinds))
     model = llama()
     kinds = {op.kind for op in survey(model).ops if op.status != "constant"}
@@ -334,13 +359,13 @@ def with_another(text: str, number: re.Match[str]) -> Iterator[Profile]:
 @pytest.mark.parametrize("name", profiles.names())
 def test_a_fingerprint_changes_with_any_number_of_a_rule(name: str) -> None:
     text = to_toml(load(name))
-    rules = text.partition("[[rule]]")[0]
-    numbers = list(re.finditer(r"= ?([0-9]+(?:\.[0-9]+)?)", text[len(rules) :]))
-    for number in re.compile(r"= ?([0-9]+(?:\.[0-9]+)?)").finditer(text, len(rules)):
+    start = len(text.partition("[[rule]]")[0])
+    numbers = list(re.compile(r"= ?([0-9]+(?:\.[0-9]+)?)").finditer(text, start))
+    for number in numbers:
         changed = list(with_another(text, number))
         assert changed, f"no other number than {number[0]} can stand there"
         assert load(name).fingerprint not in {p.fingerprint for p in changed}
-    assert bool(numbers) == bool(re.search("sigma|accumulator|table|hadamard|block=", text[len(rules) :]))
+    assert bool(numbers) == bool(re.search("sigma|accumulator|table|hadamard|block=", text[start:]))
 
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
@@ -398,7 +423,8 @@ def rules_of(
 
 RULES = st.one_of(
     rules_of(some(GEMMS), PRODUCT),
-    rules_of(some(ELEMENTWISE), OTHER),
+    rules_of(some(tuple(k for k in ELEMENTWISE if k != "embedding")), OTHER),
+    rules_of(st.just("embedding"), parts({"forward": ["error", "output"], "grad_input": ["grad"]})),
     *(rules_of(st.just(k), st.just(OpSpec(forward=Forward(approximation=t)))) for k, t in TABLES.items()),
 )
 PROFILES = st.builds(
@@ -434,6 +460,19 @@ def test_every_kind_and_field_is_explained_once() -> None:
     explained = re.findall(r"^#   ([\w.]+) +\S", text, re.MULTILINE)
     assert explained == [*FIELD_MEANINGS, *KIND_MEANINGS]
     assert all(len(line) <= 120 for line in text.splitlines() if line.startswith("#"))
+
+
+def test_the_profiles_in_the_documentation_load_and_run() -> None:
+    page = (Path(__file__).parents[1] / "docs/profiles.md").read_text(encoding="utf-8")
+    whole, phases = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(from_toml(whole).rules) == 2
+    with aqnsim.emulate(llama(), from_toml(whole)) as emu:
+        run(emu.model, emu)
+        assert {s.rule for s in emu.sites if s.role == "down_proj"} == {0}
+        assert {s.rule for s in emu.sites if s.role != "down_proj"} == {1}
+    head = 'name = "a"\ndescription = "b"\nsource.definition = "c"\n'
+    found, shipped = from_toml(head + phases).rules, load("mxfp4-rollout").rules
+    assert [(r.phases, r.spec.forward) for r in found] == [(r.phases, r.spec.forward) for r in shipped]
 
 
 def test_a_profile_as_data_holds_all_that_it_says() -> None:

@@ -34,7 +34,7 @@ class Difference:
 
 
 def differences(a: Profile, b: Profile) -> list[Difference]:
-    """Where the rules of two profiles differ: kind by kind, the first rule for a kind beside the other's first, and so on.
+    """Where the rules of two profiles differ, kind by kind: the n-th rule for a kind beside the other's n-th.
 
     >>> from aqnsim.profiles import load
     >>> differences(load("mxfp4-w4a16"), load("nvfp4-w4a16"))

@@ -223,17 +223,32 @@ class GradWeight(_Gradient):
 PARTS: dict[str, type[Any]] = {"forward": Forward, "grad_input": GradInput, "grad_weight": GradWeight}
 """The directions of an op."""
 
-_ELEMENTWISE_FIELDS = {
-    "forward": ("input", "approximation", "error", "output"),
-    "grad_input": ("grad", "error", "output"),
-    "grad_weight": ("error", "output"),
-}
-_WITH_WEIGHT = ("norm", "conv")
 _FROM_TABLES: dict[str, tuple[str, ...]] = {
     "softmax": ("exp", "reciprocal"),
     "norm": ("rsqrt",),
-    "activation": (),
+    "activation": (),  # which function an activation is, the model says
 }
+"""Kinds of op that are computed from tables, and of what."""
+
+
+def fields_of(kind: str) -> dict[str, tuple[str, ...]]:
+    """What an op of a kind may be asked for, direction by direction.
+
+    >>> fields_of("embedding")
+    {'forward': ('error', 'output'), 'grad_input': ('grad',), 'grad_weight': ()}
+    """
+    if kind in GEMMS:
+        of_tables = ("approximation",)
+        return {n: tuple(f.name for f in dataclasses.fields(c) if f.name not in of_tables) for n, c in PARTS.items()}
+    if kind == "embedding":  # a look-up has no operand to cast, and its table's gradient is the one that comes in
+        return {"forward": ("error", "output"), "grad_input": ("grad",), "grad_weight": ()}
+    tables = ("approximation",) if kind in _FROM_TABLES else ()
+    weight = ("weight",) if kind == "conv" else ()
+    return {
+        "forward": ("input", *weight, *tables, "error", "output"),
+        "grad_input": ("grad", "error", "output"),
+        "grad_weight": ("error", "output") if kind in ("norm", "conv") else (),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,32 +312,15 @@ class OpSpec:
         Raises:
             ConfigError: such as a weight format for a softmax.
         """
-        tables = self.forward.approximation
-        if tables is not None and kind not in _FROM_TABLES:
-            raise ConfigError(
-                f"{where}: forward.approximation means nothing for an op of kind {kind!r}; "
-                f"kinds that are computed from tables: {', '.join(_FROM_TABLES)}"
-            )
-        if tables is not None and kind != "activation":  # which function an activation is, the model says
-            approximation.parse(tables).check(f"{where}: a {kind}", *_FROM_TABLES[kind])
-        if kind in GEMMS:
-            return
-        for name, part in self.parts:
-            allowed = _ELEMENTWISE_FIELDS[name]
-            if name == "grad_weight" and kind not in _WITH_WEIGHT:
-                allowed = ()
-            if kind == "conv" and name == "forward":
-                allowed = (*allowed, "weight")
-            if kind == "embedding" and name == "grad_input":
-                allowed = ("grad",)  # a look-up computes no gradient: the table's is the incoming one
-            if kind == "embedding" and name == "forward":
-                allowed = ("error", "output")
-            for key in part.asked:
+        for name, allowed in fields_of(kind).items():
+            for key in getattr(self, name).asked:
                 if key not in allowed:
                     raise ConfigError(
                         f"{where}: {name}.{key} means nothing for an op of kind {kind!r}; "
                         f"there it may have: {', '.join(allowed) or 'nothing'}"
                     )
+        if self.forward.approximation is not None and _FROM_TABLES[kind]:
+            approximation.parse(self.forward.approximation).check(f"{where}: a {kind}", *_FROM_TABLES[kind])
 
 
 def plain(value: Any) -> Any:

@@ -39,7 +39,7 @@ KIND_MEANINGS: Mapping[str, str] = {
 
 FIELD_MEANINGS: Mapping[str, str] = {
     "kind": "one kind of op, or a list of kinds",
-    "sites": "globs of names (`layers.3.mlp.up_proj`), of their last parts (`*_proj`) or of roles; all by default",
+    "sites": "globs of names (layers.3.mlp.up_proj), their last parts (*_proj), or roles; all by default",
     "phases": "where the rule holds: rollout, train, eval, reference; all by default",
     "forward.input": "format of the first operand; of every operand of an op that is no product",
     "forward.weight": "format of the second operand: the weight, the keys of qk, the values of pv",
@@ -135,17 +135,18 @@ def _explanation() -> Iterator[str]:
     yield "A profile: which ops of a model run in which formats and with which errors."
     yield ""
     yield from _wrapped(
-        "exclude lists globs of site names or roles that no rule reaches. [source] says where the choices come from: it "
-        "must not be empty, its keys are yours. Then come [[rule]] tables. The first whose kind, sites and phases match "
-        "an op says what it does, and each must match some op: `aqnsim sites MODEL` lists the ops of a model."
+        "exclude lists globs of site names or roles that no rule reaches. [source] says where the choices come from: "
+        "it must not be empty, its keys are yours. Then come [[rule]] tables. The first whose kind, sites and phases "
+        "match an op says what it does, and each must match some op: `aqnsim sites MODEL` lists the ops of a model."
     )
     yield ""
     yield "Fields of a rule; all but kind may be left out:"
     yield from _columns(FIELD_MEANINGS)
     yield from _wrapped(
         "Products have all of them but approximation. Other ops have forward.input, error and output, grad_input.grad, "
-        "error and output; softmax, norm and activation also forward.approximation; those with a weight (norm, "
-        "embedding, conv) also grad_weight.error and output; conv also forward.weight."
+        "error and output; softmax, norm and activation also forward.approximation; norm and conv also "
+        "grad_weight.error and output; conv also forward.weight; embedding has forward.error, forward.output and "
+        "grad_input.grad alone."
     )
     yield ""
     yield "Kinds:"
