@@ -423,8 +423,7 @@ def rules_of(
 
 RULES = st.one_of(
     rules_of(some(GEMMS), PRODUCT),
-    rules_of(some(tuple(k for k in ELEMENTWISE if k != "embedding")), OTHER),
-    rules_of(st.just("embedding"), parts({"forward": ["error", "output"], "grad_input": ["grad"]})),
+    rules_of(some(ELEMENTWISE), OTHER),
     *(rules_of(st.just(k), st.just(OpSpec(forward=Forward(approximation=t)))) for k, t in TABLES.items()),
 )
 PROFILES = st.builds(

@@ -481,7 +481,8 @@ class Emulation:
             sites = [s for s in self.sites if s.rule == i]
             rows = [s.index for s in sites]
             for stream, part in (("grad-input", rule.spec.grad_input), ("grad-weight", rule.spec.grad_weight)):
-                trained = stream == "grad-input" or any(s.trains for s in sites)
+                asked = [s for s in sites if s.trains] if stream == "grad-weight" else sites
+                trained = any(s.trains or s.kind != "embedding" for s in asked)  # only a table has what rows are given
                 if part.error and trained and not calls[rows][:, :, STREAMS.index(stream)].any():
                     raise RealisationError(
                         f"rule {i + 1} of profile {self.profile.name!r} asks for {part.error} on {stream}, "

@@ -234,14 +234,12 @@ _FROM_TABLES: dict[str, tuple[str, ...]] = {
 def fields_of(kind: str) -> dict[str, tuple[str, ...]]:
     """What an op of a kind may be asked for, direction by direction.
 
-    >>> fields_of("embedding")
-    {'forward': ('error', 'output'), 'grad_input': ('grad',), 'grad_weight': ()}
+    >>> fields_of("add")
+    {'forward': ('input', 'error', 'output'), 'grad_input': ('grad', 'error', 'output'), 'grad_weight': ()}
     """
     if kind in GEMMS:
         of_tables = ("approximation",)
         return {n: tuple(f.name for f in dataclasses.fields(c) if f.name not in of_tables) for n, c in PARTS.items()}
-    if kind == "embedding":  # a look-up has no operand to cast, and its table's gradient is the one that comes in
-        return {"forward": ("error", "output"), "grad_input": ("grad",), "grad_weight": ()}
     tables = ("approximation",) if kind in _FROM_TABLES else ()
     weight = ("weight",) if kind == "conv" else ()
     return {

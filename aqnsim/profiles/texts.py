@@ -145,8 +145,7 @@ def _explanation() -> Iterator[str]:
     yield from _wrapped(
         "Products have all of them but approximation. Other ops have forward.input, error and output, grad_input.grad, "
         "error and output; softmax, norm and activation also forward.approximation; norm and conv also "
-        "grad_weight.error and output; conv also forward.weight; embedding has forward.error, forward.output and "
-        "grad_input.grad alone."
+        "grad_weight.error and output; conv also forward.weight."
     )
     yield ""
     yield "Kinds:"
