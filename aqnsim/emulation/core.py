@@ -349,16 +349,19 @@ class Emulation:
         """Continue from :meth:`state_dict` of an emulation of the same model and profile.
 
         Raises:
-            ConfigError: the state has another number of sites.
+            ConfigError: the state has another number of sites, or of sites that AQN reaches.
         """
         if state["totals"].shape != self.totals.shape:
             raise ConfigError(
                 f"the receipts of a checkpoint have shape {tuple(state['totals'].shape)}, this emulation's "
                 f"{tuple(self.totals.shape)}: it is another model, profile or AQN"
             )
+        peaks, names = state["sigmas"].tolist(), [] if self.noise is None else list(self.noise.peaks)
+        if len(peaks) != len(names):
+            raise ConfigError(f"a checkpoint has AQN at {len(peaks)} sites, this emulation at {len(names)}")
         self.totals.copy_(state["totals"])
         if self.noise is not None:
-            self.noise.peaks = dict(zip(self.noise.peaks, state["sigmas"].tolist(), strict=True))
+            self.noise.peaks = dict(zip(names, peaks, strict=True))
 
     def save_pretrained(
         self,
@@ -416,6 +419,12 @@ class Emulation:
 
         Raises:
             ConfigError: there is no AQN, or the run's length is not known yet.
+
+        >>> from aqnsim import emulate
+        >>> from aqnsim.aqn import Constant
+        >>> model = nn.Sequential(nn.RMSNorm(8, eps=1e-6)).bfloat16()
+        >>> emulate(model, "ideal", aqn=AQN(Constant(0.001))).survival(total_steps=9)
+        [Survival(first=0, last=8, sigma=0.001, share=0.0254...)]
         """
         total_steps = self.total_steps if total_steps is None else total_steps
         if self.noise is None or total_steps is None:
