@@ -547,7 +547,8 @@ def test_the_audit_of_a_strict_attach_needs_no_step() -> None:
 
 # ---- recomputation and compilation -----------------------------------------------------------------------------------
 
-NOISY = AQN(Constant(0.01), targets=("rmsnorm", "linear"), exclude=("lm_head",), phases=("rollout",))
+FALLING = Custom(((0, 0.02), (1, 0.01)), unit="step")
+NOISY = AQN(FALLING, targets=("rmsnorm", "linear"), exclude=("lm_head",), phases=("rollout",))
 
 
 def two_steps(model: nn.Module, emu: Emulation) -> list[Tensor]:

@@ -102,6 +102,7 @@ class Moment:
     clock: Tensor
     rows: Rows | Tensor | None
     is_off: bool
+    errors: Mapping[str, str]
 
 
 class Emulation:
@@ -267,7 +268,7 @@ class Emulation:
     @property
     def moment(self) -> Moment:
         """Where the forward is now."""
-        return Moment(self._phase, self.clock, self._rows, self.is_off)
+        return Moment(self._phase, self.clock, self._rows, self.is_off, {} if self.noise is None else self.noise.errors)
 
     @contextmanager
     def at(self, moment: Moment) -> Iterator[None]:
@@ -279,13 +280,18 @@ class Emulation:
         if moment.is_off != self.is_off:
             raise ConfigError("a forward is recomputed after off() began or ended: do its backward before")
         before, was_recomputing = self.moment, self.recomputes
-        self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        self._go_to(moment)
         self.recomputes = True
         try:
             yield
         finally:
-            self._phase, self.clock, self._rows = before.phase, before.clock, before.rows
+            self._go_to(before)
             self.recomputes = was_recomputing
+
+    def _go_to(self, moment: Moment) -> None:
+        self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        if self.noise is not None:
+            self.noise.errors = moment.errors
 
     def recompute_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the second run is at the first's moment.
@@ -505,7 +511,7 @@ class Emulation:
     @contextmanager
     def detached(self) -> Iterator[nn.Module]:
         """Run a block on the model as it was before: its own classes and weights."""
-        with self.off(), self.at(Moment(self._phase, self.clock, self._rows, is_off=True)):
+        with self.off(), self.at(replace(self.moment, is_off=True)):
             for swap in reversed(self._swaps):
                 swap.undo()
             try:
