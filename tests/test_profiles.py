@@ -134,7 +134,7 @@ def streams(spec: OpSpec) -> dict[str, str]:
     for name, value in flat(spec).items():
         part, field = name.split(".")
         prefix = "" if part == "forward" else part.replace("_", "-")
-        if field == "error":
+        if field in ("accumulator", "approximation", "error"):
             found[prefix or "output"] = value
         elif field == "output":
             found[f"{prefix or 'output'}-cast"] = value
