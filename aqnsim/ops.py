@@ -27,6 +27,7 @@ _SCHEMAS = {
         "(Tensor y, str error, int key, Tensor step, Tensor? rows, Tensor? magnitude, ScalarType? dtype,"
         " bool measure) -> (Tensor, Tensor)"
     ),
+    "gemm": "(Tensor a, Tensor b, str accumulator) -> Tensor",
     "linear": (
         "(Tensor x, Tensor weight, Tensor? bias, str spec, bool cast_weight, int[] keys, Tensor step,"
         " Tensor? rows, Tensor? receipt) -> (Tensor, Tensor)"
@@ -68,6 +69,10 @@ def _perturb(y: Tensor, *args: Any) -> Any:
     return backends.resolve("perturb", y.device.type)(y, *args)
 
 
+def _gemm(a: Tensor, *args: Any) -> Any:
+    return backends.resolve("gemm", a.device.type)(a, *args)
+
+
 def _run(op: str, x: Tensor, *args: Any) -> Any:
     """A backend's composition; autocast, which has done its work where the op was called, must not reach into it."""
     run = backends.resolve(op, x.device.type)
@@ -105,6 +110,7 @@ for _name, _kernel in {
     "cast": _cast,
     "quantize": _quantize,
     "perturb": _perturb,
+    "gemm": _gemm,
     "linear": _linear,
     "linear_backward": _linear_backward,
     "matmul": _matmul,
@@ -154,6 +160,11 @@ def _(
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
     return _dense(y, dtype), _stats_like(y)
+
+
+@register_fake("aqnsim::gemm", lib=_LIB)
+def _(a: Tensor, b: Tensor, accumulator: str) -> Tensor:
+    return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
 
 
 @register_fake("aqnsim::linear", lib=_LIB)

@@ -1,4 +1,4 @@
-"""``python -m benchmarks cast | step``: print a table; ``--json FILE`` keeps it with the environment."""
+"""``python -m benchmarks cast | step | train``: print a table; ``--json FILE`` keeps it with the environment."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import aqnsim
-from benchmarks import cast, step
+from benchmarks import cast, step, train
 
-SUITES = {"cast": cast.rows, "step": step.rows}
+SUITES = {"cast": cast.rows, "step": step.rows, "train": train.rows}
 
 
 def environment() -> dict[str, Any]:

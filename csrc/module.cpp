@@ -67,6 +67,23 @@ StatsArray perturb(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int6
   return as_array(cpu::kernels().perturb(a, measure));
 }
 
+void gemm(uintptr_t a, uintptr_t b, uintptr_t out, int dtype, std::array<int64_t, 4> shape,
+          const Accumulator& accumulator, int threads) {
+  cpu::GemmArgs g;
+  g.a = at<const void>(a);
+  g.b = at<const void>(b);
+  g.out = at<float>(out);
+  g.dtype = static_cast<cpu::Dtype>(dtype);
+  g.batch = shape[0];
+  g.m = shape[1];
+  g.k = shape[2];
+  g.n = shape[3];
+  g.accumulator = accumulator;
+  g.threads = threads;
+  py::gil_scoped_release release;
+  cpu::kernels().gemm(g);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -103,6 +120,15 @@ PYBIND11_MODULE(_core, m) {
            }),
            py::kw_only(), "rule"_a, "rows"_a = 0, "columns"_a = 0, "emax"_a = 0, "carry_from"_a = 0,
            "zero_exponent"_a = 0, "finite_only"_a = false, "largest"_a = 0.0f);
+  py::class_<Accumulator>(m, "Accumulator")
+      .def(py::init([](int fraction_bits, int chunk, int order, bool nearest, int result_bits, bool nearest_result,
+                       bool flush, int min_exponent, int64_t promote) {
+             return Accumulator{fraction_bits, chunk,        static_cast<Order>(order),
+                                nearest,       result_bits,  nearest_result,
+                                flush,         min_exponent, promote};
+           }),
+           py::kw_only(), "fraction_bits"_a, "chunk"_a, "order"_a, "nearest"_a, "result_bits"_a, "nearest_result"_a,
+           "flush"_a, "min_exponent"_a, "promote"_a);
   m.def("cast", &cast);
   m.def("tensor_scale", [](const Scaling& k, float amax) { return TensorScale(k, amax).stored; });
   m.def("random_words", [](uintptr_t out, uintptr_t row_ids, bool pairs, int64_t rows, int64_t columns, uint64_t key,
@@ -120,6 +146,7 @@ PYBIND11_MODULE(_core, m) {
            py::kw_only(), "kind"_a, "key"_a, "hit_key"_a, "word"_a, "last_hit"_a, "a"_a, "b"_a, "by_magnitude"_a,
            "lanes"_a, "bit"_a, "low_bit"_a);
   m.def("perturb", &perturb);
+  m.def("gemm", &gemm);
   m.def("amax", [](uintptr_t x, int dtype, int64_t n, int threads) {
     py::gil_scoped_release release;
     return cpu::kernels().amax(at<const void>(x), static_cast<cpu::Dtype>(dtype), n, threads);

@@ -14,15 +14,16 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import families
 import numerics
 
-from aqnsim import errors
+from aqnsim import accumulator, errors
 from aqnsim._errors import AqnsimError, ConfigError, unknown
 from aqnsim.cli.output import Table
 from aqnsim.cli.tables import backend_table, format_table, profile_table
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/semantics.md")
+PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md")
 
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -36,8 +37,19 @@ def error_table() -> Table:
     return rows
 
 
+def unit_table() -> Table:
+    """Every matrix unit: the formats it is for, its accumulator and where the figures come from."""
+    rows: Table = [("unit", "formats", "accumulator", "verified", "source")]
+    for name, unit in accumulator.MATRIX_UNITS.items():
+        text = str(unit.accumulator).removeprefix("accumulator")[1:-1]
+        rows.append((name, ", ".join(unit.formats), text, "yes" if unit.verified else "no", unit.source))
+    return rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "backends": backend_table,
+    "coverage": families.coverage_table,
+    "coverage-kinds": families.kind_table,
     "confirmations": numerics.confirmation_table,
     "errors": error_table,
     "exhaustive": numerics.exhaustive_table,
@@ -46,6 +58,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "profiles": profile_table,
     "scales": numerics.scale_table,
     "ties": numerics.tie_table,
+    "units": unit_table,
 }
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec, Profile, Rule
+from aqnsim.cli.sites import small_model
+from aqnsim.profiles import ELEMENTWISE, GEMMS, Forward, GradInput, GradWeight, OpSpec, Profile, Rule
 
 SOURCE = {"definition": "for a test"}
 
@@ -108,3 +111,20 @@ def tokens(batch: int = 3, length: int = 9, seed: int = 0) -> Tensor:
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def family(name: str, **settings: Any) -> nn.Module:
+    """A small causal language model of a family of transformers, with weights that are far from 0."""
+    return small_model(name, initializer_range=0.1, **settings)
+
+
+def everything(fmt: str) -> Profile:
+    """A profile for every kind of op: operands, results and gradients in a format."""
+    gemm = OpSpec(
+        forward=Forward(input=fmt, weight=fmt, output=fmt),
+        grad_input=GradInput(grad=fmt, output=fmt),
+        grad_weight=GradWeight(grad=fmt, output=fmt),
+    )
+    other = OpSpec(forward=Forward(input=fmt, output=fmt), grad_input=GradInput(grad=fmt, output=fmt))
+    rules = (Rule(kind=GEMMS, spec=gemm), Rule(kind=ELEMENTWISE, spec=other))
+    return Profile(name="everything", description="for a test", source=SOURCE, rules=rules)

@@ -68,7 +68,7 @@ def test_ideal_is_bit_identical_forward_and_backward(dtype: torch.dtype) -> None
     with aqnsim.emulate(model, "ideal") as emu:
         assert_all_same(loss_and_grads(model, lambda: model(input_ids=ids).logits), plain)
         assert emu.sites == []
-        assert "nothing is emulated" in emu.report()
+        assert "nothing is emulated" in str(emu.report())
 
 
 @DTYPES
@@ -442,7 +442,7 @@ def test_receipts_put_the_realised_sigma_beside_the_requested(dtype: torch.dtype
     with aqnsim.emulate(model, "noise-5pct-matmul", seed=1) as emu, emu.phase(phase):
         model(input_ids=ids).logits.float().square().mean().backward()
         emu.check(backward=True)
-        receipts, report = emu.receipts(), emu.report()
+        receipts, report = emu.receipts(), str(emu.report())
     assert {r.phase for r in receipts} == {phase}
     for stream in ("output", "grad-input", "grad-weight"):
         found = find(receipts, stream=stream)

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "aqnsim"
-NOUNS = ["formats", "errors", "_errors", "rng", "receipts", "aqn", "profiles"]
+NOUNS = ["formats", "accumulator", "approximation", "errors", "_errors", "rng", "receipts", "aqn", "profiles"]
 STDLIB_ONLY = [path for name in NOUNS for path in [*PACKAGE.glob(f"{name}.py"), *PACKAGE.glob(f"{name}/*.py")]]
 KERNELS = sorted(p for folder in ("core", "cpu") for p in (ROOT / "csrc" / folder).iterdir())
 

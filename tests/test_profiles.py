@@ -196,7 +196,7 @@ def test_a_format_that_draws_random_bits_makes_an_op_that_draws() -> None:
         (with_('forward.input = "mxfp4"', "forward.input = 4"), "expected the name of a format, got 4"),
         (with_('"relative-gaussian(sigma=0.05)"', "0.05"), "expected an error model's text, got 0.05"),
         (with_("sigma=0.05", "sigma=-1"), "sigma must be a finite number >= 0, got -1"),
-        (with_("(sigma=0.05)", ""), r"expected kind\(field=number"),
+        (with_("(sigma=0.05)", ""), r"expected kind\(field=value"),
     ],
 )
 def test_bad_profiles_get_one_clear_error(text: str, message: str) -> None:

@@ -196,6 +196,6 @@ def test_a_result_can_tell_which_profile_it_was_made_under() -> None:
         with aqnsim.emulate(model, name) as emu:
             model(inputs(2, 40))
             assert emu.profile.fingerprint == load(name).fingerprint
-            assert emu.profile.fingerprint in emu.report()
+            assert emu.profile.fingerprint in str(emu.report())
             found[name] = emu.profile.fingerprint
     assert len(set(found.values())) == len(found)

@@ -118,7 +118,7 @@ class Arm:
         model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
         end_completions_at(model, self.tokenizer, self.task.end)
         self.model: PeftModel = attach_lora(model, experiment.lora, seed=seed)
-        self.emulation: Emulation = aqnsim.emulate(self.model, experiment.profile.name, seed=seed, aqn=aqn)
+        self.emulation: Emulation = aqnsim.emulate(self.model, experiment.profile.name, seed=seed, aqn=aqn, strict=True)
 
     def run(self, directory: RunDirectory, console: Console, *, resuming: bool) -> None:
         """Evaluate, train, evaluate again, and hand in the records.

@@ -13,7 +13,17 @@ from typing import Any
 
 from aqnsim._errors import BackendError, unknown
 
-OPS = ("cast", "quantize", "perturb", "linear", "linear_backward", "matmul", "matmul_backward", "stage")
+OPS = (
+    "cast",
+    "quantize",
+    "perturb",
+    "gemm",
+    "linear",
+    "linear_backward",
+    "matmul",
+    "matmul_backward",
+    "stage",
+)
 """What a backend may implement; each name's meaning is its op's in :mod:`aqnsim.ops`."""
 
 

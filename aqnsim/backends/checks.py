@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,22 @@ def check_dtype(x: Tensor) -> torch.dtype:
     if x.dtype not in DTYPES:
         raise ConfigError(f"expected a float32, bfloat16 or float16 tensor, got {x.dtype}: convert it first")
     return x.dtype
+
+
+def check_gemm(a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
+    """Batch, m, k and n of a product of ``[..., m, k]`` and ``[..., k, n]``.
+
+    Raises:
+        ConfigError: shapes that do not fit, or dtypes that differ or are neither float32 nor bfloat16.
+    """
+    if a.dim() < 2 or a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ConfigError(
+            f"gemm: expected [..., m, k] and [..., k, n] of equal batch dimensions, got {list(a.shape)} and "
+            f"{list(b.shape)}"
+        )
+    if check_dtype(a) != check_dtype(b):
+        raise ConfigError(f"gemm: expected operands of one dtype, got {a.dtype} and {b.dtype}: convert one")
+    return math.prod(a.shape[:-2]), a.shape[-2], a.shape[-1], b.shape[-1]
 
 
 def shape_in_rows(x: Tensor) -> tuple[int, int]:

@@ -24,6 +24,7 @@ _OTHER, _FIRST, _ERROR, _CAST = range(4)  # the four streams of a direction
 
 Cast = Callable[..., tuple[Tensor, Tensor]]
 Perturb = Callable[..., tuple[Tensor, Tensor]]
+Gemm = Callable[[Tensor, Tensor, str], Tensor]
 
 
 def _rows_2d(x: Tensor) -> Tensor:
@@ -93,6 +94,7 @@ class _Direction:
 
     cast: Cast
     perturb: Perturb
+    gemm: Gemm
     part: Any
     keys: Sequence[int]
     clock: Tensor
@@ -120,10 +122,12 @@ class _Direction:
     ) -> Tensor:
         """``first @ other`` as the part asks for it, in ``dtype``."""
         error, output = self.part.error, self.part.output
-        if error is None and output is None:
-            y = first @ other
-            return (y if bias is None else y + bias).to(dtype)
-        y = first.float() @ other.float()
+        if error is None and output is None and self.part.accumulator is None:
+            return (first @ other).to(dtype)
+        if self.part.accumulator is None:
+            y = first.float() @ other.float()
+        else:
+            y = self.gemm(first, other, self.part.accumulator)
         missed_bias = bias is not None and self.part.bias == "missed"
         if missed_bias:
             y, bias = y + bias.float(), None  # type: ignore[union-attr]
@@ -148,11 +152,11 @@ class _Direction:
         return y.to(dtype)
 
 
-def compositions(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
+def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable[..., Any]]:
     """The emulated ops from a backend's primitives."""
 
     def direction(part: Any, keys: Sequence[int], clock: Tensor) -> _Direction:
-        return _Direction(cast, perturb, part, keys, clock)
+        return _Direction(cast, perturb, gemm, part, keys, clock)
 
     def linear(
         x: Tensor,
@@ -168,7 +172,7 @@ def compositions(cast: Cast, perturb: Perturb) -> dict[str, Callable[..., Any]]:
         d, stats = direction(part, keys[:4], clock), _no_stats(x)
         xq = d.operand(_Operand(_rows_2d(x), -1, rows), part.input, _FIRST, stats)
         wq = d.operand(_Operand(weight, -1), part.weight if cast_weight else None, _OTHER, stats)
-        if part.error is None and part.output is None:
+        if part.error is None and part.output is None and part.accumulator is None:
             y = torch.nn.functional.linear(xq, wq, bias)
         else:
             y = d.product(xq, wq.t(), rows, x.dtype, stats, bias)

@@ -10,10 +10,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aqnsim import _core
+from aqnsim import _core, accumulator
 from aqnsim._errors import BackendError
 from aqnsim.backends import Backend, register
-from aqnsim.backends.checks import check_chain, check_dtype, check_rows, check_step, perturb_stats, shape_in_rows
+from aqnsim.backends.checks import (
+    check_chain,
+    check_dtype,
+    check_gemm,
+    check_rows,
+    check_step,
+    perturb_stats,
+    shape_in_rows,
+)
 from aqnsim.backends.compose import compositions
 from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import (
@@ -279,10 +287,48 @@ def perturb(
     return out, _stats(stats, measure, models)
 
 
+@lru_cache(maxsize=1024)
+def _accumulator(text: str) -> object:
+    a = accumulator.get(text)
+    return _core.Accumulator(
+        fraction_bits=a.fraction_bits,
+        chunk=a.chunk,
+        order=accumulator.ORDERS.index(a.order),
+        nearest=a.rounding == "nearest-even",
+        result_bits=a.result_bits,
+        nearest_result=a.result_rounding == "nearest-even",
+        flush=a.subnormals == "flush",
+        min_exponent=a.min_exponent,
+        promote=a.promote,
+    )
+
+
+def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
+    shape = check_gemm(a, b)
+    a, b = a.contiguous(), b.contiguous()
+    out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
+    _core.gemm(
+        a.data_ptr(),
+        b.data_ptr(),
+        out.data_ptr(),
+        _DTYPES[a.dtype],
+        shape,
+        _accumulator(text),
+        torch.get_num_threads() if math.prod(shape) >= _PARALLEL_FROM else 1,
+    )
+    return out
+
+
 BACKEND = register(
     Backend(
         name="cpu",
         devices=("cpu",),
-        ops={"cast": cast, "quantize": quantize, "perturb": perturb, **compositions(cast, perturb)},
+        ops={
+            "cast": cast,
+            "quantize": quantize,
+            "perturb": perturb,
+            "gemm": gemm,
+            **compositions(cast, perturb, gemm),
+        },
     )
 )

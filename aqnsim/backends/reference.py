@@ -10,9 +10,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aqnsim import reference
+from aqnsim import accumulator, reference
 from aqnsim.backends import Backend, register
-from aqnsim.backends.checks import check_chain, check_dtype, check_rows, check_step, perturb_stats, shape_in_rows
+from aqnsim.backends.checks import (
+    check_chain,
+    check_dtype,
+    check_gemm,
+    check_rows,
+    check_step,
+    perturb_stats,
+    shape_in_rows,
+)
 from aqnsim.backends.compose import compositions
 from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import ErrorModel, RelativeGaussian, sigma_of
@@ -151,10 +159,21 @@ def perturb(
     return out, perturb_stats(measured, models)
 
 
+def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
+    check_gemm(a, b)
+    return _tensor(reference.gemm(_numpy(a), _numpy(b), accumulator.get(text)))
+
+
 BACKEND = register(
     Backend(
         name="reference",
         devices=("cpu",),
-        ops={"cast": cast, "quantize": quantize, "perturb": perturb, **compositions(cast, perturb)},
+        ops={
+            "cast": cast,
+            "quantize": quantize,
+            "perturb": perturb,
+            "gemm": gemm,
+            **compositions(cast, perturb, gemm),
+        },
     )
 )

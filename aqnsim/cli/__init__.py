@@ -1,10 +1,11 @@
-"""The command line ``aqnsim``: look at formats, profiles and backends; measure what a cast does to a file.
+"""The command line ``aqnsim``: look at formats, profiles, models and backends; measure what a cast does to a file.
 
 Only the commands that cast load torch, and only the plot loads matplotlib.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +15,20 @@ import typer
 
 from aqnsim import formats, profiles
 from aqnsim._errors import AqnsimError, ConfigError
-from aqnsim.cli import pages, tables
-from aqnsim.cli.output import Section, print_json, progress, show
+from aqnsim.cli import noise, pages, tables
+from aqnsim.cli.output import Section, print_json, progress, show, whole_file
 
 DEFAULT_PLOT = Path("formats.png")
 
 app = typer.Typer(
-    help="Number formats of accelerators: look at them, plot them, cast a checkpoint to one.",
+    help="Number formats of accelerators: look at them, plot them, cast a checkpoint to one, see what is emulated.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 profile_app = typer.Typer(help="List or show the profiles.", rich_markup_mode=None)
 app.add_typer(profile_app, name="profile")
+app.command("aqn")(noise.aqn_command)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -124,6 +126,37 @@ def export_command(
     excluded = export.DEFAULT_EXCLUDE if exclude is None else exclude
     report = export.export(model, out, to=to, format=fmt, exclude=excluded, progress=progress)
     print_json(exporting.to_dict(report)) if as_json else show(*exporting.page(report))
+
+
+@app.command("sites")
+def sites_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A checkpoint folder of transformers, a config.json, or a model_type such as llama (made small).",
+        ),
+    ],
+    profile: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A profile, or path to a TOML file.", show_default=False)
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in each row of the batch.")] = 128,
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every op to a file.", show_default=False)
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every layer, not repeated ones as one.")] = False,
+) -> None:
+    """List the ops that a model runs, and which of them a profile emulates."""
+    from aqnsim.cli import sites
+    from aqnsim.emulation.coverage import survey
+
+    chosen = None if profile is None else profiles.load(profile)
+    coverage = survey(sites.load_model(model), chosen, batch=batch, length=length)
+    if json_file is not None:
+        with whole_file(json_file) as temporary:
+            temporary.write_text(json.dumps(coverage.to_dict(), indent=2), encoding="utf-8")
+    show(*sites.page(coverage, chosen, every))
 
 
 @profile_app.command("list")

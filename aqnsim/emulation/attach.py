@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,13 @@ from torch import nn
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.aqn import AQN, layer_of
+from aqnsim.emulation import approximate
 from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
-from aqnsim.emulation.attention import PARTS
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation
-from aqnsim.emulation.functional import Functions, Recorder, emulated
+from aqnsim.emulation.discovery import Candidate, candidates, refuse_patched, token_embedding
+from aqnsim.emulation.functional import Functions, emulated
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import OpSpec, Profile, load
@@ -36,6 +35,7 @@ def emulate(
     aqn: AQN | None = None,
     run: int = 0,
     example: Mapping[str, Any] | None = None,
+    strict: bool = False,
 ) -> Emulation:
     """Run a model on emulated hardware from here on, until ``restore()`` or the end of a ``with`` block.
 
@@ -53,10 +53,12 @@ def emulate(
         run: tells repetitions of one seed apart where the hardware is not deterministic.
         example: keyword arguments for a forward, from which the ops of modules' own forwards are learnt where the
             profile asks for such; by default a few tokens, for a model with token embeddings.
+        strict: refuse a model that runs ops which no rule could reach; see :attr:`Emulation.coverage`.
 
     Raises:
         ConfigError: a rule that matches no op, a module that is emulated already, a class of linear layer that cannot
-            be emulated, a frozen weight that is sharded already, AQN without a norm.
+            be emulated, a frozen weight that is sharded already, AQN without a norm; with ``strict``, an op that
+            cannot be emulated.
         UnknownNameError: no such profile.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -67,6 +69,7 @@ def emulate(
     """
     profile, model = load(profile), st.unwrapped(model)
     emulation = Emulation(model, profile, seed, aqn, run)
+    emulation.example = example
     with st.unsharded(model):
         planned = _plan(model, profile, aqn, example)
     device = next((p.device for s in planned for p in s.module.parameters()), torch.device("cpu"))
@@ -79,6 +82,8 @@ def emulate(
         _materialise(emulation, bindings)
         if emulation.draws:
             _track_rows(emulation, model)
+        if strict:
+            emulation.coverage.check()
     except BaseException:
         emulation.restore()
         raise
@@ -86,23 +91,6 @@ def emulate(
 
 
 # ---- plan ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """An op of the model, before any rule is asked.
-
-    Attributes:
-        name, kind, role, module, weight, weight_axis, ordinal: as in :class:`Site`.
-    """
-
-    name: str
-    kind: str
-    role: str
-    module: nn.Module
-    weight: str | None = None
-    weight_axis: int = -1
-    ordinal: int | None = None
 
 
 def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None) -> list[Site]:
@@ -117,7 +105,7 @@ def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[
         noisy = aqn is not None and _takes_noise(c, aqn)
         if asked or noisy:
             _check_candidate(c)
-            args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal)
+            args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal, c.attends)
             found.append(Site(c.name, c.kind, c.role, rules, specs, *args))
     _check_rules(model, profile, found)
     if aqn is not None:
@@ -133,157 +121,14 @@ def _takes_noise(c: Candidate | Site, aqn: AQN) -> bool:
     return norm is not None and not norm.centred and c.module._parameters.get("weight") is not None
 
 
-def candidates(
-    model: nn.Module, kinds: Set[str], inner: Set[str], example: Mapping[str, Any] | None = None
-) -> list[Candidate]:
-    """The ops of a model: modules that are an op of one of ``kinds``, and ops of kinds ``inner`` in forwards."""
-    routers = st.routers_of(model)
-    containers: dict[nn.Module, str] = {}
-    found: list[Candidate] = []
-    inside: set[nn.Module] = set()  # of modules that are an op as a whole
-    for name, module in st.host_modules(model):
-        if module in inside:
-            continue
-        kind = st.module_kind(module)
-        if kind is None:
-            if not _is_rotary_table(module):
-                containers[module] = name
-            continue
-        if kind != "experts":
-            inside.update(module.modules())
-        found += [c for c in _of_module(name, kind, module, routers) if c.kind in kinds]
-    if _may_compute(containers, inner):
-        found += [c for c in _of_forwards(model, containers, routers, example) if c.kind in inner]
-    return found
-
-
-def _of_module(name: str, kind: str, module: nn.Module, routers: set[str]) -> list[Candidate]:
-    """The ops of a module that is an op as a whole, or a mixture's experts."""
-    if kind == "experts":
-        parts = [Candidate(f"{name}.{w}", "linear", w, module, w) for w in ("gate_up_proj", "down_proj")]
-        return [*parts, Candidate(f"{name}.multiply", "multiply", "multiply", module)]
-    axis = -2 if kind == "linear" and not isinstance(module, nn.Linear) else -1
-    weight = "weight" if isinstance(module._parameters.get("weight"), nn.Parameter) else None
-    return [Candidate(name, kind, st.role_of(name, kind, routers), module, weight, axis)]
-
-
-def _is_rotary_table(module: nn.Module) -> bool:
-    """Whether a module makes the tables of a rotary embedding: constants of the model, that no activation enters."""
-    return "inv_freq" in module._buffers and not any(True for _ in module.parameters())
-
-
-def _may_compute(containers: Mapping[nn.Module, str], kinds: Set[str]) -> bool:
-    """Whether the source of some container has an operation of one of the kinds, as far as it can be read there."""
-    unknown = kinds & {*PARTS, "activation", "loss"}
-    for cls in {type(m) for m in containers}:
-        copy = rewritten(cls)
-        for operation in copy.operations if copy is not None else ():
-            if operation.kind in kinds or (unknown and operation.kind in (None, "attention")):
-                return True
-    return False
-
-
-def _of_forwards(
-    model: nn.Module, containers: Mapping[nn.Module, str], routers: set[str], example: Mapping[str, Any] | None
-) -> list[Candidate]:
-    """The ops that containers' own forwards run, learnt from a forward of a few tokens."""
-    for module, name in containers.items():
-        _refuse_patched(name, module)
-    kwargs = example if example is not None else _few_tokens(model)
-    if kwargs is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no token embeddings, and the profile asks for ops that modules' own forwards "
-            "run: pass example=, the keyword arguments of a forward, from which they are learnt"
-        )
-    with _recorders(containers) as recorders:
-        _run_example(model, kwargs)
-    found: list[Candidate] = []
-    for module, recorder in recorders.items():
-        found += _of_recorder(containers[module], module, recorder, routers)
-    return found
-
-
-def _of_recorder(name: str, module: nn.Module, recorder: Recorder, routers: set[str]) -> list[Candidate]:
-    found: list[Candidate] = []
-    ran = [recorder.found[i] for i in sorted(recorder.found)]
-    for f in ran:
-        kinds = PARTS if f.kind == "attention" else (f.kind,)
-        same = [g.operation.ordinal for g in ran if g.kind == f.kind]
-        suffix = f"_{same.index(f.operation.ordinal)}" if len(same) > 1 else ""
-        for kind in kinds:
-            own, weight = f"{name}.{kind}{suffix}".removeprefix("."), None
-            if kind == "linear":
-                weight = f.operation.target or None
-                own = name if weight == "weight" else f"{name}.{weight or kind}{'' if weight else suffix}"
-            found.append(
-                Candidate(own, kind, st.role_of(own, kind, routers), module, weight, ordinal=f.operation.ordinal)
-            )
-    return found
-
-
-@contextmanager
-def _recorders(containers: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, Recorder]]:
-    """Give every container whose source can be read a forward that records; take it away after."""
-    recorders: dict[nn.Module, Recorder] = {}
-    classes = {m: type(m) for m in containers}
-    try:
-        for module, cls in classes.items():
-            copy = rewritten(cls)
-            if copy is not None:
-                recorders[module] = Recorder(copy.operations)
-                module.__dict__[FUNCTIONS] = recorders[module]
-                module.__class__ = em.rewritten_class(cls, copy)
-        yield recorders
-    finally:
-        for module in recorders:
-            module.__class__ = classes[module]
-            del module.__dict__[FUNCTIONS]
-
-
-def _few_tokens(model: nn.Module) -> dict[str, Any] | None:
-    """A forward of four tokens with its loss, for a model with token embeddings."""
-    embedding = _token_embedding(model)
-    if embedding is None:
-        return None
-    table = next(embedding.parameters())
-    tokens = torch.arange(1, 5, device=table.device)[None] % table.shape[0]
-    return {"input_ids": tokens, "labels": tokens}
-
-
-def _run_example(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    training = {m: m.training for m in model.modules()}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=list(devices)):
-            model(**kwargs)
-    except TypeError as error:
-        raise ConfigError(
-            f"{type(model).__name__} takes other arguments than {', '.join(kwargs)} ({error}): "
-            "pass example=, the keyword arguments of a forward"
-        ) from error
-    finally:
-        for module, was in training.items():
-            module.training = was
-
-
 def _refuse_emulated(model: nn.Module) -> None:
     for name, module in st.host_modules(model):
         if any(k.startswith("aqnsim_") for k in module.__dict__):
             raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
 
 
-def _refuse_patched(name: str, module: nn.Module) -> None:
-    """Refuse a module whose class's forward is not what runs: another class would have no effect."""
-    if "forward" in module.__dict__:
-        raise ConfigError(
-            f"{name!r} has a forward of its own, set on the module (by accelerate, a kernel library?), which runs in "
-            "place of its class's: emulate the model before, or exclude it in the profile"
-        )
-
-
 def _check_candidate(c: Candidate) -> None:
-    _refuse_patched(c.name, c.module)
+    refuse_patched(c.name, c.module)
     if c.kind != "linear" or c.ordinal is not None:
         return
     weight = c.module._parameters[c.weight or "weight"]
@@ -338,13 +183,14 @@ def _attach(emulation: Emulation, planned: list[Site]) -> list[Binding]:
         if parts:
             _attach_functions(emulation, module, parts)  # type: ignore[arg-type]
     for module in _recomputed(emulation.model) if planned else ():
-        _swap(emulation, module, em.recomputed_class(type(module)), {"aqnsim_emulation": emulation})
+        emulation.swap(module, em.recomputed_class(type(module)), {"aqnsim_emulation": emulation})
     return bindings
 
 
 def _key_of(site: Site) -> str:
-    is_expert = site.ordinal is None and site.weight not in (None, "weight")
-    return str(site.weight) if is_expert else site.kind
+    """Which op of its module a site is, for a mixture's experts and for the parts of an attention."""
+    is_expert = site.ordinal is None and st.holds_experts(site.module)
+    return site.name.rpartition(".")[2] if is_expert else site.kind
 
 
 def _recomputed(model: nn.Module) -> list[nn.Module]:
@@ -352,44 +198,25 @@ def _recomputed(model: nn.Module) -> list[nn.Module]:
     return [m for _, m in st.host_modules(model) if isinstance(getattr(type(m), "gradient_checkpointing", None), bool)]
 
 
-def _swap(emulation: Emulation, module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any]) -> None:
-    original = type(module)
-    module.__dict__.update(attributes)
-    module.__class__ = cls
-
-    def undo() -> None:
-        module.__class__ = _with_base(type(module), cls, original)
-        for name in attributes:
-            del module.__dict__[name]
-
-    emulation.on_restore(undo)
-
-
-def _with_base(cls: type, old: type, new: type) -> type:
-    """A class with one of its bases replaced: what was swapped in may have been derived from since, by fully_shard."""
-    if cls is old:
-        return new
-    if old not in cls.__mro__:
-        return cls
-    bases = tuple(_with_base(base, old, new) for base in cls.__bases__)
-    return type(cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")})
-
-
 def _attach_module(emulation: Emulation, module: nn.Module, bindings: dict[str, Binding]) -> None:
     """Swap the class of a module that is an op as a whole."""
     cls, kind = type(module), next(iter(bindings.values())).site.kind
     attributes: dict[str, Any] = {"aqnsim_binding": next(iter(bindings.values()))}
-    if "gate_up_proj" in module._parameters:
+    if st.holds_experts(module):
         mixin: type = em.EmulatedExperts
-        attributes = {"aqnsim_bindings": bindings}
+        attributes = {"aqnsim_bindings": bindings, "aqnsim_experts": st.experts_of(module)}
     elif kind == "linear":
         mixin = em.EmulatedLinear if isinstance(module, nn.Linear) else em.EmulatedTransposedLinear
     elif kind == "norm":
         mixin, attributes["aqnsim_norm"] = em.EmulatedNorm, st.norm_of(module)
+    elif kind == "embedding":
+        mixin = em.EmulatedEmbedding
     else:
-        mixin = em.EmulatedEmbedding if kind == "embedding" else em.EmulatedElementwise
+        mixin, site = em.EmulatedElementwise, next(iter(bindings.values())).site
+        texts = {s.forward.approximation for s in site.specs.values() if s.forward.approximation}
+        attributes["aqnsim_tables"] = {t: approximate.of_activation(module, site.name, t) for t in texts}
     new = em.EmulatedLinear if cls is nn.Linear else em.emulated_class(mixin, cls)
-    _swap(emulation, module, new, attributes)
+    emulation.swap(module, new, attributes)
 
 
 def _attach_functions(emulation: Emulation, module: nn.Module, bindings: dict[int, dict[str, Binding]]) -> None:
@@ -398,10 +225,10 @@ def _attach_functions(emulation: Emulation, module: nn.Module, bindings: dict[in
     assert copy is not None
     table = {}
     for ordinal, parts in bindings.items():
-        kind = "attention" if parts.keys() & set(PARTS) else next(iter(parts))
-        table[ordinal] = emulated(kind, parts)
+        site = next(iter(parts.values())).site
+        table[ordinal] = emulated("attention" if site.attends else site.kind, parts)
     functions = Functions(emulation, table)
-    _swap(emulation, module, em.rewritten_class(type(module), copy), {FUNCTIONS: functions})
+    emulation.swap(module, em.rewritten_class(type(module), copy), {FUNCTIONS: functions})
 
 
 def _materialise(emulation: Emulation, bindings: list[Binding]) -> None:
@@ -420,17 +247,12 @@ def _materialise(emulation: Emulation, bindings: list[Binding]) -> None:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _token_embedding(model: nn.Module) -> nn.Module | None:
-    get: Callable[[], nn.Module] | None = getattr(model, "get_input_embeddings", None)
-    return get() if get is not None else None
-
-
 def _track_rows(emulation: Emulation, model: nn.Module) -> None:
     """Key noise by (sequence, position) in a language model: its decoder says which tokens a forward gets.
 
     A model without token embeddings keeps plain rows 0, 1, 2, ... of each input.
     """
-    embedding = _token_embedding(model)
+    embedding = token_embedding(model)
     if embedding is None:
         return
     decoder = next(m for m in model.modules() if any(c is embedding for c in m.children()))

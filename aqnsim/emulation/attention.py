@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aqnsim import functions
 from aqnsim._errors import ConfigError
 from aqnsim.emulation.binding import Binding, autocasted
 
 PARTS = ("kv_cache", "qk", "softmax", "pv")
 """The ops of one attention, which are kinds of site."""
 
-_UNSUPPORTED = ("s_aux", "position_bias", "cache")
+_UNSUPPORTED = ("position_bias", "cache")
 
 
 def is_attention(function: Any, args: tuple[Any, ...]) -> bool:
@@ -30,6 +31,11 @@ class Attention:
     """One attention's ops. Where none of scores, softmax and values is emulated, the model's own function runs."""
 
     parts: dict[str, Binding]
+    kind = "attention"
+
+    @property
+    def acts(self) -> bool:
+        return any(self._acts(part) for part in PARTS)
 
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(args[0], nn.Module):
@@ -55,6 +61,7 @@ class Attention:
             getattr(module, "is_causal", True) if causal is None else causal,
             kwargs.get("dropout", 0.0),
             kwargs.get("softcap"),
+            kwargs.get("s_aux"),
         )
         return result.transpose(1, 2).contiguous(), weights
 
@@ -76,7 +83,6 @@ class Attention:
             query.shape[-1] ** -0.5 if scale is None else scale,
             given.get("is_causal", False),
             given.get("dropout_p", 0.0),
-            None,
         )[0]
 
     def _acts(self, part: str) -> bool:
@@ -100,7 +106,8 @@ class Attention:
         scaling: float,
         causal: bool,
         dropout: float,
-        softcap: float | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         heads = query.shape[1]
         key, value = _repeated(key, heads), _repeated(value, heads)
@@ -110,9 +117,8 @@ class Attention:
         key_rows = emulation.cached_rows(key) if draws else None
         score_rows = emulation.score_rows(query) if draws else None
         scores = self._product("qk", query, key, True, score_rows, key_rows, query_rows) * scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        weights = self._softmax(scores, _additive(mask, scores, causal), score_rows).to(value.dtype)
+        mask = _additive(mask, scores, causal)
+        weights = self._softmax(scores, mask, softcap, sinks, score_rows).to(value.dtype)
         weights = torch.dropout(weights, dropout, True) if dropout else weights
         return self._product("pv", weights, value, False, query_rows, key_rows, score_rows).to(value.dtype), weights
 
@@ -130,12 +136,24 @@ class Attention:
             return (a @ (b.mT if transposed else b)).float()
         return self.parts[part].matmul(a, b, transposed, torch.float32, rows, other_rows, operand_rows)
 
-    def _softmax(self, scores: Tensor, mask: Tensor | None, rows: Tensor | None) -> Tensor:
-        if not self._acts("softmax"):
-            return torch.softmax(scores if mask is None else scores + mask, -1)
-        b = self.parts["softmax"]
-        entered = b.enter(scores, 0, rows)
-        weights = b.leave(torch.softmax(entered if mask is None else entered + mask, -1), torch.float32, 0, rows)
+    def _softmax(
+        self, scores: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        """The softmax, with what is part of it: the cap of its scores, the mask, and a score of each head that takes
+        weight from all keys (a sink)."""
+        b = self.parts["softmax"] if self._acts("softmax") else None
+        entered = scores if b is None else b.enter(scores, 0, rows)
+        if softcap is not None:
+            entered = torch.tanh(entered / softcap) * softcap
+        masked = entered if mask is None else entered + mask
+        if sinks is not None:
+            masked = torch.cat([masked, sinks.float().reshape(1, -1, 1, 1).expand(*masked.shape[:-1], 1)], -1)
+        tables = "" if b is None else b.plan.approximation
+        weights = functions.softmax(masked, -1, tables) if tables else torch.softmax(masked, -1)
+        weights = weights[..., : scores.shape[-1]]
+        if b is None:
+            return weights
+        weights = b.leave(weights, torch.float32, 0, rows)
         if mask is None:
             return weights
         return weights.masked_fill(mask <= torch.finfo(torch.float32).min / 2, 0.0)  # masked scores are not computed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aqnsim._errors import ConfigError
 from aqnsim.emulation.sites import Site
-from aqnsim.profiles import Forward, OpSpec
+from aqnsim.profiles import OpSpec
 from aqnsim.receipts import PHASES, STATS, STREAMS
 from aqnsim.rng import key_of
 
@@ -34,6 +34,7 @@ class _Plan:
     casts_weight: bool
     only_weight: bool
     counts_output: bool
+    approximation: str
     entering: tuple[list[str], list[str]]
     weight_entering: tuple[list[str], list[str]]
     leaving: tuple[list[str], list[str]]
@@ -49,8 +50,9 @@ class _Plan:
             is_empty=spec.is_empty,
             draws=spec.draws,
             casts_weight=forward.weight is not None,
-            only_weight=spec == OpSpec(forward=Forward(weight=forward.weight)),
-            counts_output=not forward.asked,
+            only_weight=spec.only_weight,
+            counts_output=not any((forward.input, forward.weight, forward.error, forward.output)),
+            approximation=forward.approximation or "",
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
             weight_entering=(steps(None, None, None), steps(None, grad_weight.error, grad_weight.output)),
             leaving=(steps(None, forward.error, forward.output), steps(grad_input.grad, None, None)),
@@ -71,16 +73,21 @@ class Binding:
     def __init__(self, emulation: Emulation, site: Site) -> None:
         self.emulation, self.site = emulation, site
         self.materialised = False
-        self.keys = self._keys()
+        self._keys: dict[tuple[int, int], list[int]] = {}
+        self.keys = self.keys_of()
+        for operand in (1, 2):  # now, as a compiled forward can look keys up but not hash
+            self.keys_of(operand)
         self._plans = {phase: _Plan.of(spec) for phase, spec in site.specs.items()}
-        self._operand_keys = [self._keys(f".{i}" if i else "") for i in range(3)]
-        self._weight_keys: dict[int, list[int]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self  # a copied model keeps reporting to the emulation that it was copied from
 
-    def _keys(self, suffix: str = "") -> list[int]:
-        return [key_of(self.emulation.seed, self.site.name, stream + suffix) for stream in STREAMS]
+    def keys_of(self, operand: int = 0, part: int = 0) -> list[int]:
+        """The noise keys of the streams, for each operand and each part of the site on its own."""
+        if (operand, part) not in self._keys:
+            suffix = (f".{operand}" if operand else "") + (f"#{part}" if part else "")
+            self._keys[operand, part] = [key_of(self.emulation.seed, self.site.name, s + suffix) for s in STREAMS]
+        return self._keys[operand, part]
 
     @property
     def plan(self) -> _Plan:
@@ -112,13 +119,14 @@ class Binding:
         """The logical rows of a tensor, where this op draws; see :meth:`Emulation.rows_of`."""
         return self.emulation.rows_of(x, heads) if self.draws else None
 
-    def enter(self, x: Tensor, operand: int = 0, rows: Tensor | None = None) -> Tensor:
+    def enter(self, x: Tensor, operand: int = 0, rows: Tensor | None = None, part: int = 0) -> Tensor:
         """An operand in fp32 as the op takes it; its gradient leaves as the spec says.
 
         Args:
             operand: its number, which tells the noise on the gradients of several operands apart.
+            part: tells the noise of several parts of one site apart, such as those of experts.
         """
-        keys = self._operand_keys[operand]
+        keys = self.keys_of(operand, part)
         return self._stage(x, self.plan.entering, torch.float32, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
     def enter_weight(self, weight: Tensor) -> Tensor:
@@ -126,9 +134,13 @@ class Binding:
         keys = [*self.keys[_FORWARD], *self.keys[_WEIGHT]]
         return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT)
 
-    def leave(self, y: Tensor, dtype: torch.dtype, operand: int = 0, rows: Tensor | None = None) -> Tensor:
+    def leave(
+        self, y: Tensor, dtype: torch.dtype, operand: int = 0, rows: Tensor | None = None, part: int = 0
+    ) -> Tensor:
         """A result: the error, in fp32, then its cast, then ``dtype``; the gradient is cast as it comes in."""
-        keys = self._operand_keys[operand]
+        if self.plan.counts_output and not operand:  # no stream of the forward counts this call
+            self.count_call("output")
+        keys = self.keys_of(operand, part)
         return self._stage(y, self.plan.leaving, dtype, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
     def _stage(
@@ -162,11 +174,11 @@ class Binding:
             )
         return not self.materialised
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, stream: int = 0) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: int = 0) -> Tensor:
         """``x W^T + b`` as the spec says, forward and backward.
 
         Args:
-            stream: tells the noise of several weights of one site apart, such as those of experts.
+            part: tells the noise of several weights of one site apart, such as those of experts.
         """
         plan, receipt = self.plan, self.receipt()
         cast_weight = self.casts_weight(weight)
@@ -183,7 +195,7 @@ class Binding:
             bias,
             plan.text,
             cast_weight,
-            self._keys_of_weight(stream),
+            self.keys_of(part=part),
             self.emulation.clock,
             self.rows(x),
             receipt,
@@ -194,13 +206,6 @@ class Binding:
         elif plan.counts_output:  # only gradients miss: no stream has counted this call
             self.count_call("output")
         return result[0]
-
-    def _keys_of_weight(self, number: int) -> list[int]:
-        if not number:
-            return self.keys
-        if number not in self._weight_keys:
-            self._weight_keys[number] = self._keys(f"#{number}")
-        return self._weight_keys[number]
 
     def matmul(
         self,

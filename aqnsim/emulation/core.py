@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,11 @@ from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
+from aqnsim.report import Report
 from aqnsim.rng import MAX_SEQUENCE_BITS, check_step, clock, key_of
+
+if TYPE_CHECKING:
+    from aqnsim.emulation.coverage import Coverage
 
 _CALLS = STATS.index("calls")
 _CHANGED = STATS.index("changed")
@@ -33,7 +37,6 @@ _DIRECTIONS = (  # a direction of the OpSpec, the prefix of its streams, and for
     ("grad_weight", "grad-weight", {".input": "input", ".grad": "grad", "": "error", "-cast": "output"}),
 )
 _FIELDS = {prefix + s: (part, name) for part, prefix, streams in _DIRECTIONS for s, name in streams.items()}
-_ERRORS = ("output", "grad-input", "grad-weight", "aqn")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,35 @@ def _digest(t: Tensor) -> int:
 
 
 @dataclass(frozen=True)
+class _Swap:
+    """A module that took on an emulated class, and the attributes that came with it."""
+
+    module: nn.Module
+    original: type[nn.Module]
+    emulated: type[nn.Module]
+    attributes: Mapping[str, Any]
+
+    def do(self) -> None:
+        self.module.__dict__.update(self.attributes)
+        self.module.__class__ = _with_base(type(self.module), self.original, self.emulated)
+
+    def undo(self) -> None:
+        self.module.__class__ = _with_base(type(self.module), self.emulated, self.original)
+        for name in self.attributes:
+            del self.module.__dict__[name]
+
+
+def _with_base(cls: type, old: type, new: type) -> type:
+    """A class with one of its bases replaced: what was swapped in may have been derived from since, by fully_shard."""
+    if cls is old:
+        return new
+    if old not in cls.__mro__:
+        return cls
+    bases = tuple(_with_base(base, old, new) for base in cls.__bases__)
+    return type(cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")})
+
+
+@dataclass(frozen=True)
 class Moment:
     """Where a forward is: what its ops, and their recomputation, take their noise and receipts from."""
 
@@ -97,6 +129,7 @@ class Emulation:
     Attributes:
         model, profile, seed, aqn, run: as given.
         sites: every emulated site.
+        example: keyword arguments of a forward that shows which ops there are; None for a few tokens.
         step, total_steps: as :meth:`begin_step` set them; None before.
         clock: run, phase and step, as ops take them; see :func:`aqnsim.rng.clock`.
     """
@@ -113,6 +146,8 @@ class Emulation:
         self._phase = "train"
         self._rows: Rows | Tensor | None = None
         self._sequences: Tensor | None = None
+        self.example: Mapping[str, Any] | None = None
+        self._swaps: list[_Swap] = []
         self._undo: list[Callable[[], None]] = []
         self._masters: list[_Frozen] = []
         self._sigmas: set[float] = set()  # every sigma that a step asked for
@@ -373,22 +408,22 @@ class Emulation:
         """
         checkpoint.check(self, Path(path), other_profile)
 
-    def report(self) -> str:
-        """The receipts as a table, requested beside realised."""
-        head = f"profile {self.profile.name} ({self.profile.fingerprint}), {len(self.sites)} sites, seed {self.seed}"
-        if not self.sites:
-            return f"{head}: nothing is emulated"
-        return f"{head}\n{rc.table(self.receipts())}"
+    def report(self, since: ReceiptTotals | None = None) -> Report:
+        """The receipts, requested beside realised: printed it is a table; see :class:`aqnsim.report.Report`."""
+        receipts = tuple(self.receipts(since))
+        return Report(self.profile.name, self.profile.fingerprint, self.seed, len(self.sites), receipts)
 
-    def check(self, backward: bool = False) -> None:
+    def check(self, backward: bool = False, false_alarm: float = 1e-6) -> None:
         """Fail where something was requested and did not happen.
 
         Args:
             backward: also require that the gradient errors of every rule were injected somewhere.
+            false_alarm: probability with which a sigma that was injected as asked may fail nonetheless.
 
         Raises:
             RealisationError: a site that was never called, an error that changed no value, an AQN schedule that never
-                advanced, stayed at 0 or reached no norm. The message names the site or the schedule.
+                advanced, stayed at 0 or reached no norm, a sigma that is not the one asked for. The message names the
+                site or the schedule.
         """
         calls = self.totals[..., _CALLS]
         for site in self.sites:
@@ -406,6 +441,8 @@ class Emulation:
             self._check_backward(calls)
         if self.aqn is not None:
             self._check_aqn(calls)
+        if violations := self.report().violations(false_alarm):
+            raise RealisationError("; ".join(violations))
 
     def _check_backward(self, calls: Tensor) -> None:
         for i, rule in enumerate(self.profile.rules):
@@ -434,14 +471,18 @@ class Emulation:
                 )
 
     def _is_error(self, site: Site, stream: str) -> bool:
-        return stream in _ERRORS and any(self._requested(site, stream, phase) != "-" for phase in site.specs)
+        if stream == "aqn":
+            return True
+        part, name = _FIELDS[stream]
+        return name == "error" and any(getattr(spec, part).error for spec in site.specs.values())
 
     def _requested(self, site: Site, stream: str, phase: str) -> str:
         if stream == "aqn":
             return "absolute-gaussian(schedule)"
         part, name = _FIELDS[stream]
-        spec = site.specs["train" if phase == "attach" else phase]
-        return getattr(getattr(spec, part), name) or "-"
+        asked = getattr(site.specs["train" if phase == "attach" else phase], part)
+        names = ("accumulator", "approximation", "error") if name == "error" else (name,)
+        return ", ".join(text for text in (getattr(asked, n, None) for n in names) if text) or "-"
 
     def _rule_text(self, site: Site) -> str:
         return f"rule {site.rule + 1} of {self.profile.name!r}" if site.rule is not None else "AQN"
@@ -451,6 +492,34 @@ class Emulation:
     def add_site(self, site: Site) -> Binding:
         self.sites.append(site)
         return Binding(self, site)
+
+    def swap(self, module: nn.Module, cls: type[nn.Module], attributes: Mapping[str, Any]) -> None:
+        """Give a module an emulated class and what it needs, until the emulation is restored."""
+        self._swaps.append(_Swap(module, type(module), cls, attributes))
+        self._swaps[-1].do()
+
+    @contextmanager
+    def detached(self) -> Iterator[nn.Module]:
+        """Run a block on the model as it was before: its own classes and weights."""
+        with self.off(), self.at(Moment(self._phase, self.clock, self._rows, is_off=True)):
+            for swap in reversed(self._swaps):
+                swap.undo()
+            try:
+                yield self.model
+            finally:
+                for swap in self._swaps:
+                    swap.do()
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """Which ops a forward runs, and which of them are emulated; found when first asked for.
+
+        Raises:
+            RealisationError: an op that a rule matches runs as torch makes it.
+        """
+        from aqnsim.emulation.coverage import coverage_of  # which attaches emulations itself
+
+        return coverage_of(self)
 
     def on_restore(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
@@ -515,6 +584,8 @@ class Emulation:
             self._check_frozen()
             self._hold(masters=True)
         self._masters.clear()
+        while self._swaps:
+            self._swaps.pop().undo()
         while self._undo:
             self._undo.pop()()
 

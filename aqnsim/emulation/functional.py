@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from aqnsim.emulation import approximate
 from aqnsim.emulation.attention import PARTS, Attention, is_attention
+from aqnsim.emulation.audit import Activations
 from aqnsim.emulation.binding import Binding, autocasted
 from aqnsim.emulation.rewriting import OPERATORS, TORCH, Operation
 
 _OPERANDS = {"add": (0, 1), "multiply": (0, 1), "rope": (0, 1)}
-"""Which arguments are operands; of other kinds the first."""
+"""Which arguments are operands, by kind of op; of other kinds the first."""
 
-Emulated = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+MATMULS = (operator.matmul, torch.matmul, torch.mm, torch.bmm)
+"""Functions of two matrices, or batches of them."""
+
+
+class Emulated(Protocol):
+    """An operation that is emulated: called with what the forward calls, and the arguments."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def acts(self) -> bool: ...
+
+    def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
 def kind_of(operation: Operation, function: Any, args: tuple[Any, ...]) -> str | None:
@@ -33,14 +49,21 @@ def kind_of(operation: Operation, function: Any, args: tuple[Any, ...]) -> str |
             return "loss"
         kind = TORCH.get(function) if function.__hash__ is not None else None
     if kind in ("add", "multiply"):
-        return kind if all(_is_activation(t) for t in args[:2]) else None
+        return kind if _joins([args[i] for i in _operands(kind, function) if i < len(args)]) else None
     if kind == "matmul" and function in OPERATORS:
         return kind if all(isinstance(t, Tensor) and t.is_floating_point() for t in args[:2]) else None
     return kind
 
 
-def _is_activation(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 2 and x.numel() > 1
+def _operands(kind: str, function: Any) -> tuple[int, ...]:
+    """Which arguments are operands."""
+    return (0, 3) if function is torch.Tensor.index_add_ else _OPERANDS.get(kind, (0,))
+
+
+def _joins(operands: list[Any]) -> bool:
+    """Whether two tensors meet, of which one has rows, rather than one being scaled or shifted by a number."""
+    are = [isinstance(x, Tensor) and x.is_floating_point() and x.numel() > 1 for x in operands]
+    return len(are) == 2 and all(are) and max(x.dim() for x in operands) > 1
 
 
 @dataclass(frozen=True)
@@ -60,13 +83,26 @@ class Found:
 
 @dataclass
 class Recorder:
-    """Runs a module's operations as they are, and notes which are ops."""
+    """Runs a module's operations as they are, and notes which are ops that an activation enters."""
 
+    module: nn.Module
     operations: tuple[Operation, ...]
+    activations: Activations
     found: dict[int, Found] = field(default_factory=dict)
 
+    is_off = False
+
+    def kind_of(self, ordinal: int, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The kind of op that a call is; None for no op, or one of constants."""
+        operation = self.operations[ordinal]
+        kind = kind_of(operation, function, args)
+        if kind is None or not self.activations.enter(args, kwargs):
+            return None
+        multiplies = kind == "matmul" and function in MATMULS and operation.target in self.module._parameters
+        return "linear" if multiplies else kind
+
     def call(self, ordinal: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        kind = kind_of(self.operations[ordinal], function, args)
+        kind = self.kind_of(ordinal, function, args, kwargs)
         if kind is not None:
             shapes = tuple(tuple(a.shape) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
             self.found[ordinal] = Found(self.operations[ordinal], kind, shapes)
@@ -86,6 +122,15 @@ class Functions:
             return function(*args, **kwargs)
         return op(function, args, kwargs)
 
+    @property
+    def is_off(self) -> bool:
+        return bool(self.emulation.is_off)
+
+    def acting_kind(self, ordinal: int) -> str | None:
+        """The kind of an operation that is emulated now; None where it is not."""
+        op = self.ops.get(ordinal)
+        return op.kind if op is not None and op.acts else None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Functions:
         return self
 
@@ -103,8 +148,16 @@ class _Op:
     run: Callable[..., Any]
     binding: Binding
 
+    @property
+    def kind(self) -> str:
+        return self.binding.site.kind
+
+    @property
+    def acts(self) -> bool:
+        return self.binding.acts
+
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.binding.acts:
+        if not self.acts:
             return function(*args, **kwargs)
         return self.run(self.binding, function, args, kwargs)
 
@@ -112,25 +165,45 @@ class _Op:
 def _elementwise(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operands enter in fp32, torch computes, the result leaves. Other tensors, such as rotary tables, are fp32."""
     kind = b.site.kind
-    operands = _OPERANDS.get(kind, (0,))
+    if function is torch.Tensor.index_add_:
+        return _index_add(b, *args)
+    operands = _operands(kind, function)
     heads = "bhsd" if kind == "rope" else ""
     dtype = kwargs.get("dtype") or next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
 
     def entered(i: int, a: Any) -> Any:
         if not isinstance(a, Tensor) or not a.is_floating_point():
             return a
-        return b.enter(a, operands.index(i), b.rows(a, heads)) if i in operands else a.float()
+        if i not in operands:
+            return a.float()
+        return b.enter(a, operands.index(i), b.rows(a, heads) if a.dim() > 1 else None)  # a vector has no token
 
+    if b.plan.approximation:
+        function = approximate.of_function(function, b.plan.approximation)
     result = function(*(entered(i, a) for i, a in enumerate(args)), **{k: entered(-1, v) for k, v in kwargs.items()})
     if isinstance(result, tuple):
         return tuple(b.leave(y, dtype, i, b.rows(y, heads)) for i, y in enumerate(result))
     return b.leave(result, dtype, 0, b.rows(result, heads))
 
 
+def _index_add(b: Binding, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """A sum into some rows of a tensor, in place."""
+    before = x.index_select(dim, index)
+    rows = b.rows(before)
+    y = b.leave(b.enter(before, 0, rows) + b.enter(source, 1, rows), x.dtype, 0, rows)
+    return x.index_copy_(dim, index, y)
+
+
 def _linear(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, weight, bias = [*args, *([None] * 3)][:3]
-    weight = kwargs.get("weight", weight)
-    return b.linear(x, weight, kwargs.get("bias", bias))
+    if function not in MATMULS:
+        return b.linear(x, kwargs.get("weight", weight), kwargs.get("bias", bias))
+    if weight.dim() == 2:
+        return b.linear(x, weight.mT, None)
+    return b.matmul(x, weight, False, x.dtype, b.rows(x))
+
+
+_FACTORS = ("batch1", "batch2", "mat1", "mat2", "other")
 
 
 def _matmul(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -138,6 +211,7 @@ def _matmul(b: Binding, function: Callable[..., Any], args: tuple[Any, ...], kwa
     if function is torch.einsum:
         return _einsum(b, args)
     scale, addend = kwargs.get("alpha", 1), None
+    args = (*args, *(kwargs[name] for name in _FACTORS if name in kwargs))
     if function in (torch.addmm, torch.baddbmm):
         addend, *args = args  # type: ignore[assignment]
         addend = addend * kwargs.get("beta", 1) if kwargs.get("beta", 1) else None

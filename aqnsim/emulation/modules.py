@@ -5,16 +5,19 @@ Attaching swaps ``module.__class__``: parameters, state-dict keys, hooks and PEF
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aqnsim._errors import ConfigError
+from aqnsim.emulation import approximate
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation, Moment
 from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
-from aqnsim.emulation.sites import Norm
+from aqnsim.emulation.sites import Experts, Norm
 from aqnsim.errors import AbsoluteGaussian
 from aqnsim.receipts import STREAMS
 
@@ -93,7 +96,8 @@ class EmulatedNorm(Emulated):
             weight = None if weight is None else site.enter_weight(weight)  # type: ignore[assignment]
         if sigma:
             weight = _noisy(site, weight, sigma)  # type: ignore[arg-type, assignment]
-        y = self.aqnsim_norm(x, weight, bias)
+        tables = site.plan.approximation if site.acts else ""
+        y = approximate.norm(self.aqnsim_norm, x, weight, bias, tables) if tables else self.aqnsim_norm(x, weight, bias)
         return site.leave(y, hidden_states.dtype, 0, rows) if site.acts else y.to(hidden_states.dtype)
 
 
@@ -107,16 +111,22 @@ def _noisy(site: Binding, weight: Tensor, sigma: float) -> Tensor:
 
 
 class EmulatedElementwise(Emulated):
-    """Mixed into an activation or an embedding: what it computes, in fp32, leaves as its site says."""
+    """Mixed into an activation: what it computes, in fp32, leaves as its site says.
+
+    Where it is computed from tables, ``aqnsim_tables`` has its function by the tables' text.
+    """
 
     aqnsim_binding: Binding
+    aqnsim_tables: dict[str, Callable[[Tensor], Tensor]]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(input, *args, **kwargs)  # type: ignore[misc]
         rows = site.rows(input)
-        y = super().forward(site.enter(input, 0, rows), *args, **kwargs)  # type: ignore[misc]
+        function = self.aqnsim_tables.get(site.plan.approximation)
+        entered = site.enter(input, 0, rows)
+        y = function(entered) if function else super().forward(entered, *args, **kwargs)  # type: ignore[misc]
         return site.leave(y, input.dtype, 0, rows)
 
 
@@ -133,12 +143,15 @@ class EmulatedEmbedding(Emulated):
 
 
 class EmulatedExperts(Emulated):
-    """Mixed into a mixture's experts: each token's products run as the sites of their parameters say."""
+    """Mixed into a mixture's experts: each token's products run as the sites of their parameters say.
+
+    The other sites: ``multiply`` of a plain gate, or else the ``gate`` as one function; ``weigh`` by the router's
+    weights; ``combine``, the sum over a token's experts.
+    """
 
     aqnsim_bindings: dict[str, Binding]
+    aqnsim_experts: Experts
     gate_up_proj: nn.Parameter
-    down_proj: nn.Parameter
-    act_fn: nn.Module
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
         sites = self.aqnsim_bindings
@@ -146,32 +159,55 @@ class EmulatedExperts(Emulated):
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
         emulation = next(iter(sites.values())).emulation
         tokens = emulation.rows_of(hidden_states)
-        result = torch.zeros_like(hidden_states)
+        dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+        results = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=dtype)
         for expert in top_k_index.unique().tolist():
             if expert >= self.gate_up_proj.shape[0]:
                 continue  # a token that another rank's expert serves
             token, choice = torch.where(top_k_index == expert)
             with emulation.at_rows(None if tokens is None else tokens[token]):
                 y = self._expert(expert, hidden_states[token])
-            y = y * top_k_weights[token, choice, None]
-            result.index_add_(0, token, y.to(result.dtype))
-        return result
+                results[token, choice] = self._multiply("weigh", expert, y, top_k_weights[token, choice, None])
+        return self._combine(results).to(hidden_states.dtype)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = self._product("gate_up_proj", expert, x).chunk(2, -1)
-        y = self.act_fn(gate)
-        multiply = self.aqnsim_bindings.get("multiply")
-        if multiply is None or not multiply.acts:
-            return self._product("down_proj", expert, y * up)
-        rows = multiply.rows(y)
-        y = multiply.leave(multiply.enter(y, 0, rows) * multiply.enter(up, 1, rows), up.dtype, 0, rows)
-        return self._product("down_proj", expert, y)
+        return self._product("down_proj", expert, self._gate(expert, self._product("gate_up_proj", expert, x)))
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
-        weight, site = getattr(self, name)[expert], self.aqnsim_bindings.get(name)
+        experts, site = self.aqnsim_experts, self.aqnsim_bindings.get(name)
+        weight, bias = experts.weight(self, name, expert), experts.bias(self, name, expert)  # type: ignore[arg-type]
         if site is None or not site.acts:
-            return nn.functional.linear(x, weight)
-        return site.linear(x, weight, None, stream=expert + 1)
+            return nn.functional.linear(x, weight, bias)
+        return site.linear(x, weight, bias, part=expert + 1)
+
+    def _gate(self, expert: int, x: Tensor) -> Tensor:
+        experts = self.aqnsim_experts
+        if experts.plain:
+            gate, up = x.chunk(2, -1)
+            return self._multiply("multiply", expert, self.act_fn(gate), up)  # type: ignore[attr-defined]
+        site = self.aqnsim_bindings.get("gate")
+        if site is None or not site.acts:
+            return experts.gate(self, x)  # type: ignore[arg-type]
+        rows, part = site.rows(x), expert + 1
+        y = experts.gate(self, site.enter(x, 0, rows, part))  # type: ignore[arg-type]
+        return site.leave(y, x.dtype, 0, rows, part)
+
+    def _multiply(self, name: str, expert: int, a: Tensor, b: Tensor) -> Tensor:
+        site = self.aqnsim_bindings.get(name)
+        if site is None or not site.acts:
+            return a * b
+        rows, part = site.rows(a), expert + 1
+        y = site.enter(a, 0, rows, part) * site.enter(b, 1, rows, part)
+        return site.leave(y, torch.promote_types(a.dtype, b.dtype), 0, rows, part)
+
+    def _combine(self, results: Tensor) -> Tensor:
+        """The sum of ``[tokens, choices, width]`` over a token's choices."""
+        site = self.aqnsim_bindings.get("combine")
+        if site is None or not site.acts:
+            return results.sum(1)
+        rows = site.rows(results[:, 0])
+        entered = [site.enter(y, i, rows) for i, y in enumerate(results.unbind(1))]
+        return site.leave(torch.stack(entered).sum(0), results.dtype, 0, rows)
 
 
 class Recomputed(Emulated):
@@ -202,8 +238,14 @@ def emulated_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def rewritten_class(cls: type[nn.Module], copy: Rewritten) -> type[nn.Module]:
-    """A module's class whose forward's operations go through :data:`FUNCTIONS`."""
-    return _container(cls, (Emulated, cls), {"forward": copy.forward, FUNCTIONS: None})
+    """A module's class whose forward's operations go through :data:`FUNCTIONS`; its own forward runs when off."""
+
+    @functools.wraps(copy.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = cls.forward if self.aqnsim_functions.is_off else copy.forward
+        return run(self, *args, **kwargs)
+
+    return _container(cls, (Emulated, cls), {"forward": forward, FUNCTIONS: None})
 
 
 def recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -56,7 +56,10 @@ TORCH: dict[Any, str] = {
     torch.relu: "activation",
     F.scaled_dot_product_attention: "attention",
     torch.add: "add",
+    torch.Tensor.index_add_: "add",
+    torch.sub: "add",
     torch.mul: "multiply",
+    torch.div: "multiply",
 }
 """Functions of torch by the kind of op that they are."""
 
@@ -64,22 +67,36 @@ METHODS = {
     "matmul": torch.matmul,
     "mm": torch.mm,
     "bmm": torch.bmm,
+    "addmm": torch.addmm,
+    "baddbmm": torch.baddbmm,
+    "index_add_": torch.Tensor.index_add_,
     "softmax": torch.softmax,
     "log_softmax": torch.log_softmax,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "relu": torch.relu,
     "add": torch.add,
+    "sub": torch.sub,
     "mul": torch.mul,
+    "div": torch.div,
 }
 """Methods of a tensor that are such functions."""
 
 _OPERATORS: dict[type[ast.operator], tuple[Callable[..., Any], str]] = {
     ast.Add: (operator.add, "add"),
+    ast.Sub: (operator.sub, "add"),
     ast.Mult: (operator.mul, "multiply"),
+    ast.Div: (operator.truediv, "multiply"),
     ast.MatMult: (operator.matmul, "matmul"),
 }
-OPERATORS = dict(_OPERATORS.values())
+_IN_PLACE: dict[type[ast.operator], Callable[..., Any]] = {
+    ast.Add: operator.iadd,
+    ast.Sub: operator.isub,
+    ast.Mult: operator.imul,
+    ast.Div: operator.itruediv,
+    ast.MatMult: operator.imatmul,
+}
+OPERATORS = {**dict(_OPERATORS.values()), operator.imatmul: "matmul"}
 """The operators' functions by the kind of op that they are."""
 
 
@@ -215,7 +232,8 @@ class _Rewriter(ast.NodeTransformer):
         ):
             return node
         function, kind = _OPERATORS[type(node.op)]
-        return self._through(kind, self._constant(function), [node.left, node.right], [])
+        target = _own_attribute(node.right)
+        return self._through(kind, self._constant(function), [node.left, node.right], [], target)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)
@@ -225,7 +243,7 @@ class _Rewriter(ast.NodeTransformer):
             or isinstance(node.value, ast.Constant)
         ):
             return node
-        function, kind = _OPERATORS[type(node.op)]
+        function, kind = _IN_PLACE[type(node.op)], _OPERATORS[type(node.op)][1]
         left = ast.Name(node.target.id, ast.Load())
         return ast.Assign(
             [node.target], self._through(kind, self._constant(function), [left, node.value], []), lineno=0
@@ -296,10 +314,6 @@ class _Rewriter(ast.NodeTransformer):
 _UNKNOWN = object()
 
 
-def _is_number(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant)
-
-
 def _hashable(value: Any) -> bool:
     return value.__hash__ is not None
 
@@ -311,10 +325,15 @@ def _is_rope(function: Any) -> bool:
 
 
 def _target(node: ast.Call) -> str:
-    """The attribute of ``self`` that a linear multiplies by: of ``self.w`` or ``self.w[i]``, ``w``."""
+    """The attribute of ``self`` that a product multiplies by."""
     keyword = next((k.value for k in node.keywords if k.arg == "weight"), None)
     weight = keyword if keyword is not None else (node.args[1] if len(node.args) > 1 else None)
-    while isinstance(weight, ast.Subscript):
-        weight = weight.value
-    is_own = isinstance(weight, ast.Attribute) and isinstance(weight.value, ast.Name) and weight.value.id == "self"
-    return weight.attr if is_own else ""  # type: ignore[union-attr]
+    return _own_attribute(weight)
+
+
+def _own_attribute(node: ast.expr | None) -> str:
+    """The attribute of ``self`` that an expression reads: of ``self.w`` or ``self.w[i]``, ``w``; else empty."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if is_own else ""  # type: ignore[union-attr]

@@ -117,10 +117,14 @@ class Profile:
 
     def rule_for(self, kind: str, site: str, role: str = "", phase: str = "train") -> int | None:
         """Index of the rule that applies to a site in a phase, or None."""
-        if _matches(site, role, self.exclude):
+        if self.excludes(site, role):
             return None
         found = (i for i, r in enumerate(self.rules) if phase in r.phases and r.matches(kind, site, role))
         return next(found, None)
+
+    def excludes(self, site: str, role: str = "") -> bool:
+        """Whether no rule reaches a site."""
+        return _matches(site, role, self.exclude)
 
     @property
     def kinds(self) -> set[str]:

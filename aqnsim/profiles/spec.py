@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from aqnsim import errors, formats
+from aqnsim import accumulator, approximation, errors, formats
 from aqnsim._errors import ConfigError, did_you_mean
 
 GEMMS = ("linear", "matmul", "qk", "pv")
@@ -53,12 +53,32 @@ def _canonical_error(text: Any, where: str) -> str | None:
     return str(errors.parse(text))
 
 
+def _canonical_accumulator(text: Any, where: str) -> str | None:
+    """The accumulator itself, whether it was given by a unit's name or field by field."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected a matrix unit or an accumulator's text, got {text!r}")
+    return str(accumulator.get(text))
+
+
+def _canonical_approximation(text: Any, where: str) -> str | None:
+    """The tables' canonical text."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected the text of tables, got {text!r}")
+    return str(approximation.parse(text))
+
+
 _CANONICAL = {
     "input": _canonical_format,
     "weight": _canonical_format,
     "grad": _canonical_format,
     "output": _canonical_format,
     "error": _canonical_error,
+    "accumulator": _canonical_accumulator,
+    "approximation": _canonical_approximation,
 }
 
 
@@ -87,6 +107,10 @@ class Forward(_Part):
     Attributes:
         input: format of the first operand; of every operand of an elementwise op, with blocks along its last axis.
         weight: format of the second operand: a weight, the keys of ``qk``, the values of ``pv``.
+        accumulator: how the products are added, a name of :data:`aqnsim.accumulator.MATRIX_UNITS` or an accumulator's
+            text; None adds as torch does, in fp32.
+        approximation: tables that the op's elementary functions are read from, see :mod:`aqnsim.approximation`: of
+            ``exp`` for softmax and SiLU (and ``reciprocal``), ``rsqrt`` for norms, ``erf`` or ``tanh`` for GELU.
         error: the error model.
         output: format of the result, with blocks along its last axis.
         bias: ``exact`` adds the bias of a linear layer after the error, ``missed`` before it.
@@ -94,6 +118,8 @@ class Forward(_Part):
 
     input: str | None = None
     weight: str | None = None
+    accumulator: str | None = None
+    approximation: str | None = None
     error: str | None = None
     output: str | None = None
     bias: str = "exact"
@@ -110,12 +136,14 @@ class _Gradient(_Part):
 
     Attributes:
         grad: format of the incoming gradient, as an operand of this product.
+        accumulator: as in :class:`Forward`.
         error: the error model, in fp32.
         output: format of the gradient that comes out, with blocks along its last axis.
         hadamard: size of a random Hadamard transform along the contraction of both operands, before their casts.
     """
 
     grad: str | None = None
+    accumulator: str | None = None
     error: str | None = None
     output: str | None = None
     hadamard: int | None = None
@@ -164,9 +192,14 @@ PARTS: dict[str, type[Any]] = {"forward": Forward, "grad_input": GradInput, "gra
 """The directions of an op."""
 
 _ELEMENTWISE_FIELDS = {
-    "forward": ("input", "error", "output"),
+    "forward": ("input", "approximation", "error", "output"),
     "grad_input": ("grad", "error", "output"),
     "grad_weight": ("error", "output"),
+}
+_FROM_TABLES: dict[str, tuple[str, ...]] = {
+    "softmax": ("exp", "reciprocal"),
+    "norm": ("rsqrt",),
+    "activation": (),
 }
 _WITH_WEIGHT = ("norm", "embedding", "conv")
 
@@ -202,6 +235,11 @@ class OpSpec:
         return not any(part.asked for _, part in self.parts)
 
     @property
+    def only_weight(self) -> bool:
+        """Whether the forward's cast of the second operand is all that is asked."""
+        return self == OpSpec(forward=Forward(weight=self.forward.weight)) and not self.is_empty
+
+    @property
     def has_error(self) -> bool:
         """Whether any of the three results misses."""
         return any(part.error for _, part in self.parts)
@@ -223,6 +261,14 @@ class OpSpec:
         Raises:
             ConfigError: such as a weight format for a softmax.
         """
+        tables = self.forward.approximation
+        if tables is not None and kind not in _FROM_TABLES:
+            raise ConfigError(
+                f"{where}: forward.approximation means nothing for an op of kind {kind!r}; "
+                f"kinds that are computed from tables: {', '.join(_FROM_TABLES)}"
+            )
+        if tables is not None and kind != "activation":  # which function an activation is, the model says
+            approximation.parse(tables).check(f"{where}: a {kind}", *_FROM_TABLES[kind])
         if kind in GEMMS:
             return
         for name, part in self.parts:

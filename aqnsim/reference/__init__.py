@@ -7,6 +7,7 @@ fp32, and uses only operations that IEEE 754 fixes to the last bit. bfloat16 ent
 from __future__ import annotations
 
 from aqnsim.formats import AnyFormat, Format
+from aqnsim.reference.accumulate import gemm
 from aqnsim.reference.blocks import Blocks, blocks_of
 from aqnsim.reference.codes import decode, encode
 from aqnsim.reference.noise import box_muller, normal, perturb, philox, random_words
@@ -21,6 +22,7 @@ __all__ = [
     "cast",
     "decode",
     "encode",
+    "gemm",
     "normal",
     "perturb",
     "philox",

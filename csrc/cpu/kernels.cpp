@@ -3,11 +3,12 @@
 #include "kernels.h"
 
 #include "cast.h"
+#include "gemm.h"
 #include "perturb.h"
 
 namespace aqn::cpu::AQN_ISA {
 
 extern const Kernels table;
-const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words};
+const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm};
 
 }  // namespace aqn::cpu::AQN_ISA

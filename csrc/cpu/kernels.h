@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../core/accumulate.h"
 #include "../core/block.h"
 #include "../core/error.h"
 
@@ -59,6 +60,16 @@ struct PerturbArgs {
   int threads;
 };
 
+// Contiguous [batch, m, k] and [batch, k, n] to fp32 [batch, m, n].
+struct GemmArgs {
+  const void *a, *b;
+  float* out;
+  Dtype dtype;  // of a and b
+  int64_t batch, m, k, n;
+  Accumulator accumulator;
+  int threads;
+};
+
 // One table for each instruction set that kernels.cpp is compiled for.
 struct Kernels {
   const char* isa;
@@ -68,6 +79,7 @@ struct Kernels {
   void (*normal)(float* out, int64_t rows, int64_t columns, uint64_t key, uint32_t word);
   void (*random_words)(uint32_t* out, const RowIds&, int64_t rows, int64_t columns, uint64_t key, uint32_t word,
                        int threads);
+  void (*gemm)(const GemmArgs&);
 };
 
 const Kernels& kernels();  // the best table that this processor can run

@@ -1,0 +1,157 @@
+"""The report of an emulation: receipts as a table, plain values and a picture; and where they break a promise."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from aqnsim import receipts as rc
+from aqnsim._errors import ConfigError
+from aqnsim.aqn import layer_of
+from aqnsim.receipts import Receipt
+
+VALUES = {
+    "realised_sigma": "sigma injected",
+    "sqnr_db": "SQNR of what was stored, dB",
+    "changed": "share of values changed",
+    "saturated": "share of values out of range",
+    "nonfinite": "NaN and Inf",
+}
+"""What a heat map can show of a receipt."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Receipts with what they are receipts of. Printing it gives a table.
+
+    Attributes:
+        profile: name.
+        fingerprint: of the profile.
+        seed: of the noise.
+        sites: number of emulated sites.
+        receipts: one for each site, phase and stream that was called.
+    """
+
+    profile: str
+    fingerprint: str
+    seed: int
+    sites: int
+    receipts: tuple[Receipt, ...]
+
+    def __str__(self) -> str:
+        head = f"profile {self.profile} ({self.fingerprint}), {self.sites} sites, seed {self.seed}"
+        return f"{head}\n{rc.table(self.receipts)}" if self.sites else f"{head}: nothing is emulated"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values that JSON can hold."""
+        return {
+            "profile": self.profile,
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "sites": self.sites,
+            "receipts": [r.to_dict() for r in self.receipts],
+        }
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def violations(self, false_alarm: float = 1e-6) -> list[str]:
+        """Where the sigma that was injected is not the one that was asked for, in words; empty where all is well.
+
+        A sum of n squares of standard normals is chi-square with n degrees of freedom. The interval is two-sided, by
+        Wilson and Hilferty's approximation, at ``false_alarm`` for all receipts together (Bonferroni). n is the
+        elements of one call, as several calls with one step may draw the same numbers again. The last bits of fp32
+        arithmetic, 2^-23 of a value, are allowed on top.
+
+        Args:
+            false_alarm: probability that a report without fault names one.
+        """
+        gaussian = [r for r in self.receipts if r.requested_sigma and r.realised_sigma is not None]
+        found = []
+        for r in gaussian:
+            assert r.realised_sigma is not None
+            assert r.requested_sigma is not None
+            low, high = sigma_interval(r.requested_sigma, r.elements // max(r.calls, 1), false_alarm / len(gaussian))
+            if not low <= r.realised_sigma <= high:
+                found.append(
+                    f"site {r.site!r}, {r.stream} in phase {r.phase}: asked for sigma {r.requested_sigma:.6g}, "
+                    f"injected {r.realised_sigma:.6g}, outside {low:.6g} .. {high:.6g}"
+                )
+        return found
+
+    def heatmap(self, path: str | Path, value: str = "sqnr_db", stream: str = "output", phase: str = "train") -> None:
+        """Write a picture of one value, layers by roles, as a PNG (or what the path's suffix says).
+
+        Args:
+            value: one of :data:`VALUES`.
+            stream: one of :data:`aqnsim.receipts.STREAMS`.
+            phase: one of :data:`aqnsim.receipts.PHASES`.
+
+        Raises:
+            ConfigError: no such value, no receipt of that stream and phase, or matplotlib is not installed.
+        """
+        if value not in VALUES:
+            raise ConfigError(f"heatmap: expected a value of {', '.join(VALUES)}, got {value!r}")
+        cells = self._cells(value, stream, phase)
+        if not cells:
+            streams = sorted({f"{r.stream} in {r.phase}" for r in self.receipts})
+            raise ConfigError(f"heatmap: no receipt of {stream} in {phase}; there are: {', '.join(streams) or 'none'}")
+        _draw(cells, f"{VALUES[value]}: {stream} in {phase}, {self.profile}", Path(path))
+
+    def _cells(self, value: str, stream: str, phase: str) -> dict[tuple[str, str], float]:
+        """The value by (layer, role); sites that share both are merged."""
+        groups: dict[tuple[str, str], list[Receipt]] = {}
+        for r in self.receipts:
+            if (r.stream, r.phase) == (stream, phase):
+                layer = layer_of(f"{r.site}.")
+                groups.setdefault(("-" if layer is None else str(layer), r.role), []).append(r)
+        merged = {key: getattr(rc.merge(group), value) for key, group in groups.items()}
+        return {key: float(v) for key, v in merged.items() if v is not None}
+
+
+def sigma_interval(sigma: float, count: int, false_alarm: float) -> tuple[float, float]:
+    """Bounds of the root mean square of ``count`` normals of standard deviation ``sigma``.
+
+    >>> low, high = sigma_interval(0.05, 10_000, 0.001)
+    >>> f"{low:.4f} {high:.4f}"
+    '0.0488 0.0512'
+    """
+    z, n = NormalDist().inv_cdf(1 - false_alarm / 2), max(count, 1)
+    spread = z * math.sqrt(2 / (9 * n))
+    low, high = (max(0.0, 1 - 2 / (9 * n) + s) ** 1.5 for s in (-spread, spread))
+    slack = 2.0**-23
+    return max(0.0, sigma * low - slack), sigma * high + slack
+
+
+def _draw(cells: dict[tuple[str, str], float], title: str, path: Path) -> None:
+    try:
+        import matplotlib.figure
+    except ImportError as error:
+        raise ConfigError("heatmap needs matplotlib: pip install 'aqnsim[plot]'") from error
+    layers = _in_order([layer for layer, _ in cells])
+    roles = _in_order([role for _, role in cells])
+    grid = [[cells.get((layer, role), math.nan) for role in roles] for layer in layers]
+    size = (2.5 + 0.55 * len(roles), 1.8 + 0.28 * len(layers))
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained", dpi=150)
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, aspect="auto", cmap="viridis")
+    axes.set(title=title, ylabel="layer")
+    axes.title.set_fontsize(9)
+    axes.set_xticks(range(len(roles)), roles, rotation=60, ha="right", fontsize=8)
+    axes.set_yticks(range(len(layers)), layers, fontsize=8)
+    figure.colorbar(image, ax=axes)
+    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    figure.savefig(temporary)
+    temporary.replace(path)
+
+
+def _in_order(names: Sequence[str]) -> list[str]:
+    """Each name once, numbers by their size and before words."""
+    unique = list(dict.fromkeys(names))
+    return sorted(unique, key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0))
