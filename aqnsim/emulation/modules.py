@@ -118,7 +118,7 @@ class EmulatedElementwise(Emulated):
 
 
 class EmulatedEmbedding(Emulated):
-    """Mixed into an embedding: the rows that it looks up are the operand, their gradients are added up to the table's."""
+    """Mixed into an embedding: the rows that it looks up are the operand; their gradients add up to the table's."""
 
     aqnsim_binding: Binding
 
