@@ -547,7 +547,8 @@ def test_the_audit_of_a_strict_attach_needs_no_step() -> None:
 
 # ---- recomputation and compilation -----------------------------------------------------------------------------------
 
-NOISY = AQN(Constant(0.01), targets=("rmsnorm", "linear"), exclude=("lm_head",), phases=("rollout",))
+FALLING = Custom(((0, 0.02), (1, 0.01)), unit="step")
+NOISY = AQN(FALLING, targets=("rmsnorm", "linear"), exclude=("lm_head",), phases=("rollout",))
 
 
 def two_steps(model: nn.Module, emu: Emulation) -> list[Tensor]:
@@ -727,18 +728,44 @@ def test_steps_leave_no_noise_behind_in_the_weights() -> None:
     assert max(spread) < 1.5 * min(spread)
 
 
-def test_layers_that_are_targeted_differ_in_effect_from_all_of_them() -> None:
+VARIED: dict[str, Any] = {
+    "schedule": Constant(0.2),
+    "targets": ("rmsnorm", "q_proj"),
+    "multipliers": {1: 2.0},
+    "default_multiplier": 0.5,
+    "phases": ("rollout",),
+    "zones": (Zone(0, 0, schedule=Constant(0.3)),),
+    "moe": "protect_router",
+    "relative_to": "rms",
+    "exclude": ("input_layernorm",),
+}
+"""Another value for every field."""
+
+
+def test_every_field_of_the_description_reaches_the_model() -> None:
     """Lists of layers and of excluded names were dropped on their way: several runs were one and the same."""
-    outputs = []
-    for aqn in (
-        AQN(Constant(0.1), phases=ALL),
-        AQN(Constant(0.1), phases=ALL, **aqnsim.aqn.targeted([1])),
-        AQN(Constant(0.1), phases=ALL, exclude=("post_attention_layernorm",)),
-        AQN(Constant(0.1), phases=ALL, targets=("layers.1.*", "rmsnorm")),
-    ):
-        model = llama()
-        with aqnsim.emulate(model, "ideal", aqn=aqn) as emu:
-            emu.begin_step(0, 1)
-            outputs.append(forward(model))
-            assert len(asked(emu)) == len(noised(emu))
+    assert set(VARIED) == {f.name for f in dataclasses.fields(AQN)}
+    plain, outputs = AQN(Constant(0.1), phases=ALL), []
+    for aqn in (plain, *(dataclasses.replace(plain, **{name: value}) for name, value in VARIED.items())):
+        model = family("qwen3_moe")
+        for p in model.parameters():
+            p.data.mul_(1.5)
+        emu = aqnsim.emulate(model, "ideal", aqn=aqn)
+        emu.begin_step(0, 1)
+        outputs.append(forward(model))
+        assert sorted(asked(emu)) == (sorted(noised(emu)) if "train" in aqn.phases else [])
     assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+
+
+def test_a_checkpoint_of_other_noise_is_refused() -> None:
+    model = mlp()
+    states = []
+    for targets in (("0",), ("0", "2")):
+        with aqnsim.emulate(model, "mxfp4-w4a16", aqn=AQN(Constant(0.1), targets=targets, phases=ALL)) as emu:
+            emu.begin_step(0, 1)
+            model(inputs(2, 40))
+            states.append(emu.state_dict())
+    emu = aqnsim.emulate(model, "mxfp4-w4a16", aqn=AQN(Constant(0.1), targets=("0",)))
+    with pytest.raises(ConfigError, match="a checkpoint has AQN at 2 sites, this emulation at 1"):
+        emu.load_state_dict(states[1])
+    emu.load_state_dict(states[0])

@@ -134,7 +134,7 @@ def streams(spec: OpSpec) -> dict[str, str]:
     for name, value in flat(spec).items():
         part, field = name.split(".")
         prefix = "" if part == "forward" else part.replace("_", "-")
-        if field == "error":
+        if field in ("accumulator", "approximation", "error"):
             found[prefix or "output"] = value
         elif field == "output":
             found[f"{prefix or 'output'}-cast"] = value
@@ -192,7 +192,7 @@ def test_accumulators_and_tables_of_shipped_profiles_change_logits_and_gradients
 
 def test_noise_on_all_ops_reaches_every_kind_of_op_forward_and_backward() -> None:
     profile = load("noise-5pct-all-ops")
-    assert profile.kinds == set(KINDS) - {"embedding"}  # which the exclusions keep
+    assert profile.kinds == set(KINDS)
     assert {text for r in profile.rules for text in flat(r.spec).values()} == {"relative-gaussian(sigma=0.05)"}
     for rule in profile.rules:
         assert rule.spec.forward.error
@@ -417,7 +417,6 @@ PRODUCT = parts(
     }
 )
 OTHER = parts({"forward": ["input", "error", "output"], "grad_input": ["grad", "error", "output"]})
-EMBEDDING = parts({"forward": ["error", "output"], "grad_input": ["grad"]})
 
 
 def some(kinds: tuple[str, ...]) -> st.SearchStrategy[str | tuple[str, ...]]:
@@ -434,8 +433,7 @@ def rules_of(
 
 RULES = st.one_of(
     rules_of(some(GEMMS), PRODUCT),
-    rules_of(some(tuple(kind for kind in ELEMENTWISE if kind != "embedding")), OTHER),
-    rules_of(st.just("embedding"), EMBEDDING),
+    rules_of(some(ELEMENTWISE), OTHER),
     *(rules_of(st.just(k), st.just(OpSpec(forward=Forward(approximation=t)))) for k, t in TABLES.items()),
 )
 PROFILES = st.builds(

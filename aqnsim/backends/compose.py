@@ -148,6 +148,7 @@ class _Direction:
             y = first.float() @ other.float()
         else:
             y = self.gemm(first, other, self.part.accumulator)
+            stats[_ERROR, STATS.index("calls")] = 1  # an error would count its own
         if bias is not None and self.part.bias == "missed":
             y, bias = y + bias.float(), None
         magnitude = None

@@ -52,7 +52,8 @@ class _Plan:
             draws=spec.draws,
             weight=forward.weight or "",
             only_weight=spec.only_weight,
-            counts_output=not any((forward.input, forward.weight, forward.error, forward.output)),
+            counts_output=not forward.error
+            and (forward.approximation is not None or not (forward.asked.keys() - {"bias"})),
             approximation=forward.approximation or "",
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
             weight_entering=(steps(forward.weight, None, None), steps(None, grad_weight.error, grad_weight.output)),

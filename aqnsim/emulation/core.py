@@ -122,6 +122,7 @@ class Moment:
     clock: Tensor
     rows: Rows | Tensor | None
     is_off: bool
+    errors: Mapping[str, str]
 
 
 class Emulation:
@@ -289,7 +290,7 @@ class Emulation:
     @property
     def moment(self) -> Moment:
         """Where the forward is now."""
-        return Moment(self._phase, self.clock, self._rows, self.is_off)
+        return Moment(self._phase, self.clock, self._rows, self.is_off, {} if self.noise is None else self.noise.errors)
 
     @contextmanager
     def at(self, moment: Moment) -> Iterator[None]:
@@ -301,13 +302,18 @@ class Emulation:
         if moment.is_off != self.is_off:
             raise ConfigError("a forward is recomputed after off() began or ended: do its backward before")
         before, was_recomputing = self.moment, self.recomputes
-        self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        self._go_to(moment)
         self.recomputes = True
         try:
             yield
         finally:
-            self._phase, self.clock, self._rows = before.phase, before.clock, before.rows
+            self._go_to(before)
             self.recomputes = was_recomputing
+
+    def _go_to(self, moment: Moment) -> None:
+        self._phase, self.clock, self._rows = moment.phase, moment.clock, moment.rows
+        if self.noise is not None:
+            self.noise.errors = moment.errors
 
     def recompute_context(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """The ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`: the second run is at the first's moment.
@@ -371,16 +377,19 @@ class Emulation:
         """Continue from :meth:`state_dict` of an emulation of the same model and profile.
 
         Raises:
-            ConfigError: the state has another number of sites.
+            ConfigError: the state has another number of sites, or of sites that AQN reaches.
         """
         if state["totals"].shape != self.totals.shape:
             raise ConfigError(
                 f"the receipts of a checkpoint have shape {tuple(state['totals'].shape)}, this emulation's "
                 f"{tuple(self.totals.shape)}: it is another model, profile or AQN"
             )
+        peaks, names = state["sigmas"].tolist(), [] if self.noise is None else list(self.noise.peaks)
+        if len(peaks) != len(names):
+            raise ConfigError(f"a checkpoint has AQN at {len(peaks)} sites, this emulation at {len(names)}")
         self.totals.copy_(state["totals"])
         if self.noise is not None:
-            self.noise.peaks = dict(zip(self.noise.peaks, state["sigmas"].tolist(), strict=True))
+            self.noise.peaks = dict(zip(names, peaks, strict=True))
 
     def save_pretrained(
         self,
@@ -438,6 +447,12 @@ class Emulation:
 
         Raises:
             ConfigError: there is no AQN, or the run's length is not known yet.
+
+        >>> from aqnsim import emulate
+        >>> from aqnsim.aqn import Constant
+        >>> model = nn.Sequential(nn.RMSNorm(8, eps=1e-6)).bfloat16()
+        >>> emulate(model, "ideal", aqn=AQN(Constant(0.001))).survival(total_steps=9)
+        [Survival(first=0, last=8, sigma=0.001, share=0.0254...)]
         """
         total_steps = self.total_steps if total_steps is None else total_steps
         if self.noise is None or total_steps is None:
@@ -481,7 +496,8 @@ class Emulation:
             sites = [s for s in self.sites if s.rule == i]
             rows = [s.index for s in sites]
             for stream, part in (("grad-input", rule.spec.grad_input), ("grad-weight", rule.spec.grad_weight)):
-                trained = stream == "grad-input" or any(s.trains for s in sites)
+                asked = [s for s in sites if s.trains] if stream == "grad-weight" else sites
+                trained = any(s.trains or s.kind != "embedding" for s in asked)  # only a table has what rows are given
                 if part.error and trained and not calls[rows][:, :, STREAMS.index(stream)].any():
                     raise RealisationError(
                         f"rule {i + 1} of profile {self.profile.name!r} asks for {part.error} on {stream}, "
@@ -522,7 +538,7 @@ class Emulation:
     @contextmanager
     def detached(self) -> Iterator[nn.Module]:
         """Run a block on the model as it was before: its own classes and weights."""
-        with self.off(), self.at(Moment(self._phase, self.clock, self._rows, is_off=True)):
+        with self.off(), self.at(replace(self.moment, is_off=True)):
             for swap in reversed(self._swaps):
                 swap.undo()
             try:

@@ -79,7 +79,11 @@ class Structure:
 def candidates(
     model: nn.Module, kinds: Set[str], inner: Set[str], example: Mapping[str, Any] | None = None
 ) -> list[Candidate]:
-    """The ops of a model: modules that are an op of one of ``kinds``, and ops of kinds ``inner`` in forwards."""
+    """The ops of a model: modules that are an op of one of ``kinds``, and ops of kinds ``inner`` in forwards.
+
+    Raises:
+        ConfigError: a module whose class's forward is not what runs; no example, where one is needed.
+    """
     structure = Structure.of(model)
     found = [c for c in structure.ops if c.kind in kinds]
     if not _may_compute(structure.containers, inner):

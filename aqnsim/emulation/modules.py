@@ -118,15 +118,17 @@ class EmulatedElementwise(Emulated):
 
 
 class EmulatedEmbedding(Emulated):
-    """Mixed into an embedding: the rows that it looks up leave as its site says; so does the table's gradient."""
+    """Mixed into an embedding: the rows that it looks up are the operand; their gradients add up to the table's."""
 
     aqnsim_binding: Binding
-    weight: nn.Parameter
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         site = self.aqnsim_binding
         y = super().forward(input, *args, **kwargs)  # type: ignore[misc]
-        return site.leave(y, y.dtype, 0, site.rows(y)) if site.acts else y
+        if not site.acts:
+            return y
+        rows = site.rows(y)
+        return site.leave(site.enter(y, 0, rows), y.dtype, 0, rows)
 
 
 class EmulatedExperts(Emulated):

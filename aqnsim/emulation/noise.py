@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +26,7 @@ class WeightNoise:
         aqn: what noise.
         sites: those that it reaches.
         sigmas: by the site's name, at this step, in units of the weight; None before the first step.
+        errors: the same as texts of error models, on which a compiled forward can be specialised; empty for no noise.
         peaks: the largest sigma of any step, by the site's name.
     """
 
@@ -34,7 +35,7 @@ class WeightNoise:
         self.sites: list[Site] = []
         self.sigmas: dict[str, float] | None = None
         self.peaks: dict[str, float] = {}
-        self._errors: dict[str, str] = {}  # texts, as a compiled forward can be specialised on them
+        self.errors: Mapping[str, str] = {}
 
     def add(self, site: Site) -> None:
         self.sites.append(site)
@@ -47,7 +48,7 @@ class WeightNoise:
         for site in self.sites:
             sigma = self.aqn.sigma(site.name, step, total_steps)
             self.sigmas[site.name] = sigma * rms(site) if sigma and relative else sigma
-        self._errors = {name: str(AbsoluteGaussian(sigma)) if sigma else "" for name, sigma in self.sigmas.items()}
+        self.errors = {name: str(AbsoluteGaussian(sigma)) if sigma else "" for name, sigma in self.sigmas.items()}
         self.peaks = {name: max(peak, self.sigmas[name]) for name, peak in self.peaks.items()}
 
     def at(self, site: Site, phase: str) -> str:
@@ -62,18 +63,18 @@ class WeightNoise:
             raise RealisationError(
                 "AQN was asked for but its schedule never advanced: call begin_step(step, total_steps) at each step"
             )
-        return self._errors[site.name]
+        return self.errors[site.name]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run a block without noise."""
-        before = self.sigmas, self._errors
+        before = self.sigmas, self.errors
         self.sigmas = {site.name: 0.0 for site in self.sites}
-        self._errors = {site.name: "" for site in self.sites}
+        self.errors = {site.name: "" for site in self.sites}
         try:
             yield
         finally:
-            self.sigmas, self._errors = before
+            self.sigmas, self.errors = before
 
     def check(self, calls: Tensor) -> None:
         """Fail where noise was asked for and none acted.

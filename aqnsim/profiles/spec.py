@@ -223,39 +223,30 @@ class GradWeight(_Gradient):
 PARTS: dict[str, type[Any]] = {"forward": Forward, "grad_input": GradInput, "grad_weight": GradWeight}
 """The directions of an op."""
 
-_ELEMENTWISE_FIELDS = {
-    "forward": ("input", "approximation", "error", "output"),
-    "grad_input": ("grad", "error", "output"),
-    "grad_weight": ("error", "output"),
-}
-_WITH_WEIGHT = ("norm", "conv")
 _FROM_TABLES: dict[str, tuple[str, ...]] = {
     "softmax": ("exp", "reciprocal"),
     "norm": ("rsqrt",),
-    "activation": (),
+    "activation": (),  # which function an activation is, the model says
 }
+"""Kinds of op that are computed from tables, and of what."""
 
 
 def fields_of(kind: str) -> dict[str, tuple[str, ...]]:
-    """The fields of each direction that mean something for an op of a kind.
+    """What an op of a kind may be asked for, direction by direction.
 
-    >>> fields_of("embedding")["forward"]
-    ('error', 'output')
+    >>> fields_of("add")
+    {'forward': ('input', 'error', 'output'), 'grad_input': ('grad', 'error', 'output'), 'grad_weight': ()}
     """
     if kind in GEMMS:
-        named = {name: tuple(f.name for f in dataclasses.fields(cls)) for name, cls in PARTS.items()}
-        return {name: tuple(f for f in fields if f != "approximation") for name, fields in named.items()}
-    fields = dict(_ELEMENTWISE_FIELDS)
-    if kind not in _FROM_TABLES:
-        fields["forward"] = ("input", "error", "output")
-    if kind not in _WITH_WEIGHT:
-        fields["grad_weight"] = ()
-    if kind == "conv":
-        fields["forward"] += ("weight",)
-    if kind == "embedding":
-        fields["forward"] = ("error", "output")
-        fields["grad_input"] = ("grad",)  # a look-up computes no gradient: the table's is the incoming one
-    return fields
+        of_tables = ("approximation",)
+        return {n: tuple(f.name for f in dataclasses.fields(c) if f.name not in of_tables) for n, c in PARTS.items()}
+    tables = ("approximation",) if kind in _FROM_TABLES else ()
+    weight = ("weight",) if kind == "conv" else ()
+    return {
+        "forward": ("input", *weight, *tables, "error", "output"),
+        "grad_input": ("grad", "error", "output"),
+        "grad_weight": ("error", "output") if kind in ("norm", "conv") else (),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,25 +310,15 @@ class OpSpec:
         Raises:
             ConfigError: such as a weight format for a softmax.
         """
-        tables = self.forward.approximation
-        if tables is not None and kind not in _FROM_TABLES:
-            raise ConfigError(
-                f"{where}: forward.approximation means nothing for an op of kind {kind!r}; "
-                f"kinds that are computed from tables: {', '.join(_FROM_TABLES)}"
-            )
-        if tables is not None and kind != "activation":  # which function an activation is, the model says
-            approximation.parse(tables).check(f"{where}: a {kind}", *_FROM_TABLES[kind])
-        if kind in GEMMS:
-            return
-        fields = fields_of(kind)
-        for name, part in self.parts:
-            allowed = fields[name]
-            for key in part.asked:
+        for name, allowed in fields_of(kind).items():
+            for key in getattr(self, name).asked:
                 if key not in allowed:
                     raise ConfigError(
                         f"{where}: {name}.{key} means nothing for an op of kind {kind!r}; "
                         f"there it may have: {', '.join(allowed) or 'nothing'}"
                     )
+        if self.forward.approximation is not None and _FROM_TABLES[kind]:
+            approximation.parse(self.forward.approximation).check(f"{where}: a {kind}", *_FROM_TABLES[kind])
 
 
 def plain(value: Any) -> Any:

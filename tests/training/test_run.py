@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import aqnsim
-from aqnsim import ConfigError, RealisationError
+from aqnsim import AQN, ConfigError, RealisationError
+from aqnsim.aqn import Constant, Zone
 from training import run as run_module
 from training.callbacks import AqnCallback
 from training.compare import compare, render
@@ -203,3 +207,20 @@ def test_the_ideal_profile_scores_the_same_clean_and_emulated(tmp_path: Path) ->
 def test_resuming_another_experiments_run_is_refused(e12: Path) -> None:
     with pytest.raises(ConfigError, match="is a run of 'e12'"):
         run("e6a-lora-mxfp4", preset=None, resume=e12)
+
+
+def test_the_realised_sigma_is_the_schedule_s_whatever_scales_it_at_a_site() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.Sequential(nn.RMSNorm(4096, eps=1e-6)) for _ in range(3))})
+    zones = (Zone(0, 0, schedule=Constant(0.3)), Zone(1, 1, multiplier=0.5))
+    with aqnsim.emulate(model, "ideal", aqn=AQN(Constant(0.1), zones=zones, relative_to="rms")) as emulation:
+        emulation.begin_step(0, 1)
+        with emulation.phase("rollout"):
+            for layer in model["layers"]:  # type: ignore[attr-defined]
+                layer(torch.ones(2, 4096))
+        receipts = emulation.receipts()
+        assert run_module.realised_aqn_sigma(emulation, receipts, 0) == pytest.approx(0.1, rel=0.05)
+        with pytest.raises(RealisationError, match=r"step 0: AQN asked for sigma 0.1 and 0 of it was realised"):
+            run_module.realised_aqn_sigma(emulation, [], 0)
+        scaled = [dataclasses.replace(receipts[0], realised_sigma=0.1), *receipts[1:]]
+        with pytest.raises(RealisationError, match="is not what the rollout saw"):
+            run_module.realised_aqn_sigma(emulation, scaled, 0)
