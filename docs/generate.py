@@ -21,7 +21,7 @@ from aqnsim import accumulator, errors, profiles
 from aqnsim._errors import AqnsimError, ConfigError, unknown
 from aqnsim.cli.output import Table
 from aqnsim.cli.tables import backend_table, format_table, profile_table
-from aqnsim.profiles.texts import FIELD_MEANINGS, KIND_MEANINGS
+from aqnsim.profiles.texts import FIELD_MEANINGS, KIND_MEANINGS, fields_by_kind
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md", "docs/profiles.md")
@@ -67,6 +67,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "formats": format_table,
     "nvfp4": numerics.nvfp4_table,
     "profile-fields": lambda: [("field", "meaning"), *FIELD_MEANINGS.items()],
+    "profile-fields-by-kind": lambda: [("kinds", "fields"), *fields_by_kind()],
     "profile-kinds": lambda: [("kind", "op"), *KIND_MEANINGS.items()],
     "profile-sources": source_table,
     "profiles": profile_table,

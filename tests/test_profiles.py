@@ -31,7 +31,7 @@ from aqnsim.profiles import (
 )
 from aqnsim.profiles.difference import Difference, differences, exclusions, in_words
 from aqnsim.profiles.spec import PARTS
-from aqnsim.profiles.texts import FIELD_MEANINGS, KIND_MEANINGS, commented, flat, to_dict, to_toml
+from aqnsim.profiles.texts import FIELD_MEANINGS, KIND_MEANINGS, commented, fields_by_kind, flat, to_dict, to_toml
 from aqnsim.rng import PHASES
 
 FIXED = {
@@ -192,7 +192,7 @@ def test_accumulators_and_tables_of_shipped_profiles_change_logits_and_gradients
 
 def test_noise_on_all_ops_reaches_every_kind_of_op_forward_and_backward() -> None:
     profile = load("noise-5pct-all-ops")
-    assert profile.kinds == set(KINDS) - {"embedding"}  # which it excludes
+    assert profile.kinds == set(KINDS)
     assert {text for r in profile.rules for text in flat(r.spec).values()} == {"relative-gaussian(sigma=0.05)"}
     for rule in profile.rules:
         assert rule.spec.forward.error
@@ -370,8 +370,18 @@ def test_a_fingerprint_changes_with_any_number_of_a_rule(name: str) -> None:
 
 # ---- texts -----------------------------------------------------------------------------------------------------------
 
-FORMATS = st.sampled_from(["mxfp4", "nvfp4(block=16x16)", "mxfp8_e4m3(scale=rceil)", "hif8", "e5m7"])
-ERRORS = st.sampled_from(["relative-gaussian(sigma=0.05)", "absolute-gaussian(sigma=1e-3)"])
+FORMATS = st.sampled_from(
+    [
+        *("mxfp4", "nvfp4(block=16x16)", "mxfp8_e4m3(scale=rceil)", "hif8", "e5m7"),
+        "mxfp4 + bit-flip(rate=1e-6, target=codes)",
+    ]
+)
+ERRORS = st.sampled_from(
+    [
+        *("relative-gaussian(sigma=0.05)", "absolute-gaussian(sigma=1e-3)"),
+        "systematic-bias(gain=0.01) + relative-gaussian(sigma=0.05, draw=frozen)",
+    ]
+)
 UNITS = st.sampled_from(["hopper_fp8(promote=128)", "ieee_fp32", "accumulator(fraction_bits=9, chunk=4)"])
 NAMES = st.lists(st.text(min_size=1), min_size=1, max_size=3).map(tuple)
 MAYBE = {
@@ -459,6 +469,24 @@ def test_every_kind_and_field_is_explained_once() -> None:
     explained = re.findall(r"^#   ([\w.]+) +\S", text, re.MULTILINE)
     assert explained == [*FIELD_MEANINGS, *KIND_MEANINGS]
     assert all(len(line) <= 120 for line in text.splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fields_that_a_kind_is_said_to_have_are_those_that_a_rule_may_give(kind: str) -> None:
+    (said,) = [fields.split(", ") for kinds, fields in fields_by_kind() if kind in kinds.split(", ")]
+    tables = TABLES.get(kind, "table(function='exp', index_bits=6)")
+    values = {"approximation": tables, "error": "absolute-gaussian(sigma=1)", "hadamard": 16, "bias": "missed"}
+    values |= {"accumulator": "ieee_fp32"}
+    for field in FIELD_MEANINGS:
+        if "." not in field:
+            continue
+        part, name = field.split(".")
+        spec = OpSpec(**{part: PARTS[part](**{name: values.get(name, "bf16")})})
+        if field in said:
+            Rule(kind=kind, spec=spec)
+        else:
+            with pytest.raises(ConfigError, match=f"{field} means nothing for an op of kind '{kind}'"):
+                Rule(kind=kind, spec=spec)
 
 
 def test_the_profiles_in_the_documentation_load_and_run() -> None:

@@ -78,10 +78,9 @@ def _profile_row(profile: Profile) -> tuple[str, ...]:
     specs = [rule.spec for rule in profile.rules]
     gradients = [part for s in specs for part in (s.grad_input, s.grad_weight)]
     parts = [*(s.forward for s in specs), *gradients]
-    kinds = [kind for kind in profiles.KINDS if kind in profile.kinds]
     return (
         profile.name,
-        "all" if len(kinds) == len(profiles.KINDS) else _distinct(kinds),
+        _kinds_text(profile),
         _distinct(s.forward.weight for s in specs),
         _distinct(s.forward.input for s in specs),
         _distinct(value for part in gradients for value in (part.grad, part.other)),
@@ -91,6 +90,13 @@ def _profile_row(profile: Profile) -> tuple[str, ...]:
         profile.fingerprint,
         profile.description,
     )
+
+
+def _kinds_text(profile: Profile) -> str:
+    kinds, others = profile.kinds, [kind for kind in profiles.KINDS if kind not in profile.kinds]
+    if len(kinds) > len(others):
+        return f"all but {', '.join(others)}" if others else "all"
+    return _distinct(kind for kind in profiles.KINDS if kind in kinds)
 
 
 def _distinct(values: Iterable[str | None]) -> str:

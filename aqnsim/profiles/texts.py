@@ -16,7 +16,7 @@ from typing import Any
 
 from aqnsim import accumulator, approximation, errors, formats
 from aqnsim.profiles import Profile, Rule
-from aqnsim.profiles.spec import OpSpec, plain
+from aqnsim.profiles.spec import KINDS, OpSpec, fields_of, plain
 from aqnsim.rng import PHASES
 
 KIND_MEANINGS: Mapping[str, str] = {
@@ -122,6 +122,15 @@ def _toml(value: str | int | tuple[str, ...]) -> str:
     return text.replace("\x7f", "\\u007f")
 
 
+def fields_by_kind() -> list[tuple[str, str]]:
+    """Kinds of op that have the same fields, and those fields, as words."""
+    shared: dict[str, list[str]] = {}
+    for kind in KINDS:
+        names = [f"{part}.{field}" for part, fields in fields_of(kind).items() for field in fields]
+        shared.setdefault(", ".join(names), []).append(kind)
+    return [(", ".join(kinds), fields) for fields, kinds in shared.items()]
+
+
 # ---- a file to start from -------------------------------------------------------------------------------------------
 
 
@@ -142,14 +151,13 @@ def _explanation() -> Iterator[str]:
     yield ""
     yield "Fields of a rule; all but kind may be left out:"
     yield from _columns(FIELD_MEANINGS)
-    yield from _wrapped(
-        "Products have all of them but approximation. Other ops have forward.input, error and output, grad_input.grad, "
-        "error and output; softmax, norm and activation also forward.approximation; norm and conv also "
-        "grad_weight.error and output; conv also forward.weight."
-    )
     yield ""
     yield "Kinds:"
     yield from _columns(KIND_MEANINGS)
+    yield ""
+    yield "Which kinds have which fields:"
+    for kinds, fields in fields_by_kind():
+        yield from textwrap.wrap(f"{kinds}: {fields}", 116, initial_indent="  ", subsequent_indent="    ")
     yield ""
     yield from _wrapped(
         "Roles, for sites and exclude: a linear layer's part in the transformer, such as q_proj, down_proj or lm_head; "
@@ -159,7 +167,7 @@ def _explanation() -> Iterator[str]:
     for what, names, example in (
         ("Phases", PHASES, ""),
         ("Formats", formats.ALL, "other choices stand in brackets, such as mxfp4(scale=rceil, rounding=stochastic)"),
-        ("Error models", errors.MODELS, "such as relative-gaussian(sigma=0.05)"),
+        ("Error models", errors.MODELS, "such as relative-gaussian(sigma=0.05), and chains of them, joined by ' + '"),
         ("Matrix units", accumulator.MATRIX_UNITS, "or one spelt out, such as accumulator(fraction_bits=13, chunk=32)"),
         ("Tables", approximation.FUNCTIONS, "such as table(function='exp', index_bits=6)"),
     ):
