@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aqnsim.api import cast, perturb, quantize
     from aqnsim.aqn import AQN
     from aqnsim.backends import use as use_backend
-    from aqnsim.emulation import Emulation, ReceiptTotals, emulate
+    from aqnsim.emulation import Coverage, Emulation, ReceiptTotals, emulate, survey
     from aqnsim.quantized import Quantized
     from aqnsim.rotation import hadamard
 
@@ -33,12 +33,14 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AQN": ("aqnsim.aqn", "AQN"),
+    "Coverage": ("aqnsim.emulation", "Coverage"),
     "Emulation": ("aqnsim.emulation", "Emulation"),
     "Quantized": ("aqnsim.quantized", "Quantized"),
     "ReceiptTotals": ("aqnsim.emulation", "ReceiptTotals"),
     "cast": ("aqnsim.api", "cast"),
     "emulate": ("aqnsim.emulation", "emulate"),
     "hadamard": ("aqnsim.rotation", "hadamard"),
+    "survey": ("aqnsim.emulation", "survey"),
     "perturb": ("aqnsim.api", "perturb"),
     "quantize": ("aqnsim.api", "quantize"),
     "use_backend": ("aqnsim.backends", "use"),
@@ -54,6 +56,7 @@ __all__ = [
     "AqnsimError",
     "BackendError",
     "ConfigError",
+    "Coverage",
     "Emulation",
     "ErrorModel",
     "NoiseKey",
@@ -73,6 +76,7 @@ __all__ = [
     "perturb",
     "profiles",
     "quantize",
+    "survey",
     "use_backend",
 ]
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import DTYPES
-from aqnsim.errors import ErrorModel
+from aqnsim.errors import ErrorModel, chain_text
 from aqnsim.formats import AnyFormat, element_of, get, random_bits, with_rounding
 from aqnsim.quantized import Quantized, quantized
-from aqnsim.rng import NoiseKey, clock
+from aqnsim.rng import NoiseKey
 
 
 def _check_tensor(x: Tensor, what: str) -> None:
     if not isinstance(x, Tensor):
         raise ConfigError(f"{what}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
-        raise ConfigError(f"{what}: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
+        raise ConfigError(f"{what}: expected a float32, bfloat16 or float16 tensor, got {x.dtype}: convert it first")
 
 
 def _check_axis(x: Tensor, axis: int) -> int:
@@ -29,7 +31,7 @@ def _check_axis(x: Tensor, axis: int) -> int:
 
 
 def _check_key(what: str, fmt: AnyFormat, key: NoiseKey | None, rows: Tensor | None) -> tuple[int, Tensor | None]:
-    """The Philox key and the step of a stochastic rounding; 0 and None where nothing is drawn."""
+    """The Philox key and the clock of a stochastic rounding; 0 and None where nothing is drawn."""
     rounding = element_of(fmt).rounding
     if not random_bits(fmt):
         if key is not None or rows is not None:
@@ -37,7 +39,7 @@ def _check_key(what: str, fmt: AnyFormat, key: NoiseKey | None, rows: Tensor | N
         return 0, None
     if not isinstance(key, NoiseKey):
         raise ConfigError(f"{what}: rounding {rounding!r} draws random bits: pass key=NoiseKey(...), got {key!r}")
-    return key.value, torch.tensor(clock(key.step, key.phase))
+    return key.value, torch.tensor(key.clock)
 
 
 def cast(
@@ -51,17 +53,18 @@ def cast(
     """Bring values to a format and back: same shape and dtype, straight-through gradient.
 
     Args:
-        x: float32 or bfloat16, any shape and strides.
+        x: float32, bfloat16 or float16, any shape and strides.
         format: a text of :func:`aqnsim.formats.get`, such as ``mxfp4`` or ``nvfp4(scale=torchao)``, or a format.
         axis: the axis along which blocks run; the last block may be shorter. For a GEMM: the contraction. Tiles lie in
             the last two axes.
         rounding: one of :data:`aqnsim.formats.ROUNDINGS` or ``stochastic-N``; None for the format's own.
         key: where the random bits of a stochastic rounding come from; must be None for any other.
-        rows: int64, one logical row for each row of ``x`` (all axes but the last), for the random bits; default 0, 1,
-            2, ... An element's bits depend on the key, its logical row and its column alone.
+        rows: int64, one logical row for each row of ``x`` (all axes but the last), for the random bits, or ``[n, 2]``
+            with the column at which each row begins; default 0, 1, 2, ... An element's bits depend on the key, its
+            logical row and its column alone.
 
     Raises:
-        ConfigError: a dtype other than float32 and bfloat16, an axis out of range, a key that nothing uses or that is
+        ConfigError: another dtype, an axis out of range, a key that nothing uses or that is
             missing, rows of the wrong number.
         UnknownNameError: no such format or rounding.
 
@@ -71,7 +74,7 @@ def cast(
     >>> cast(torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6]), "mxfp4").tolist()
     [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0]
     >>> cast(torch.full((4,), 1.25), "fp4_e2m1", rounding="stochastic", key=NoiseKey(seed=1)).tolist()
-    [1.0, 1.5, 1.0, 1.0]
+    [1.5, 1.0, 1.5, 1.5]
     """
     _check_tensor(x, "cast")
     fmt = with_rounding(get(format), rounding)
@@ -91,7 +94,7 @@ def quantize(
     """Codes and scales of a tensor, packed; ``quantize(x, f).dequantize()`` is bit-equal to ``cast(x, f)``.
 
     Args:
-        x: float32 or bfloat16.
+        x: float32, bfloat16 or float16.
         format, axis, rounding, key, rows: as for :func:`cast`.
 
     Raises:
@@ -111,31 +114,45 @@ def quantize(
     return quantized(*parts, fmt=fmt, dtype=x.dtype, axis=axis)
 
 
-def perturb(y: Tensor, error: ErrorModel, key: NoiseKey, rows: Tensor | None = None) -> Tensor:
+def perturb(
+    y: Tensor,
+    error: ErrorModel | Sequence[ErrorModel],
+    key: NoiseKey,
+    rows: Tensor | None = None,
+    magnitude: Tensor | None = None,
+) -> Tensor:
     """Add an op's error to its result: a pure function of the key and each element's logical row and column.
 
     Args:
-        y: float32 or bfloat16; the last axis is the column, all others together the row.
-        error: such as :class:`aqnsim.RelativeGaussian`; computed in fp32, then rounded to ``y``'s dtype.
-        key: seed, site, step, phase and stream of the noise.
-        rows: int64, one logical row for each row of ``y``; default 0, 1, 2, ...
+        y: float32, bfloat16 or float16; the last axis is the column, all others together the row.
+        error: a model such as :class:`aqnsim.RelativeGaussian`, or several, which act in order; computed in fp32, then
+            rounded to ``y``'s dtype once.
+        key: seed, site, stream, phase, step and run of the noise.
+        rows: int64, one logical row for each row of ``y``, or ``[n, 2]`` with the column at which each row begins;
+            default 0, 1, 2, ...
+        magnitude: float32 as ``y``, ``|A| @ |B|`` of the product that ``y`` is; for ``reference="absdot"`` alone.
 
     Raises:
-        ConfigError: a dtype other than float32 and bfloat16, not an error model or a key, rows of the wrong number.
+        ConfigError: another dtype, not an error model or a key, rows of the wrong number, a
+            magnitude that is missing or not used.
 
     The gradient is straight-through: an error is not a function that training may exploit.
 
     >>> import torch
-    >>> from aqnsim.errors import RelativeGaussian
+    >>> from aqnsim.errors import RelativeGaussian, Saturation
     >>> y, key = torch.ones(2, 4), NoiseKey(seed=0, site="demo", step=0)
     >>> torch.equal(perturb(y, RelativeGaussian(0.05), key)[:1], perturb(y[:1], RelativeGaussian(0.05), key))
     True
+    >>> bool((perturb(y, [RelativeGaussian(0.05), Saturation(1.0)], key) <= 1).all())
+    True
     """
     _check_tensor(y, "perturb")
-    if not isinstance(error, ErrorModel):
-        raise ConfigError(f"perturb: expected an error model such as RelativeGaussian(0.05), got {error!r}")
+    models = [error] if isinstance(error, ErrorModel) else error
+    if not isinstance(models, Sequence) or not models or not all(isinstance(m, ErrorModel) for m in models):
+        raise ConfigError(f"perturb: expected an error model such as RelativeGaussian(0.05), or several, got {error!r}")
     if not isinstance(key, NoiseKey):
         raise ConfigError(f"perturb: expected a NoiseKey, got {key!r}")
-    step = torch.tensor(clock(key.step, key.phase))
-    out: Tensor = torch.ops.aqnsim.perturb(y, str(error), key.value, step, rows, None, False)[0]
+    out: Tensor = torch.ops.aqnsim.perturb(
+        y, chain_text(models), key.value, torch.tensor(key.clock), rows, magnitude, None, False
+    )[0]
     return out

@@ -11,11 +11,13 @@ from aqnsim import (
     ops,  # noqa: F401  (defines torch.ops.aqnsim)
     reference,
 )
+from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import check_dtype, check_rows, shape_in_rows
 from aqnsim.formats import BlockFormat, Format, element_of, get
 from aqnsim.quantized import scaled, stored_scales
 from aqnsim.reference.faults import I64, bits_at, check_bit, code_width, scale_rows, sub_key, threshold
-from aqnsim.rng import check_step
+
+_FOLD = np.int64(-7046029254386353131)  # 2^64 over the golden ratio, odd
 
 
 def faulty_cast(
@@ -43,9 +45,9 @@ def faulty_cast(
         bit: which one flips, 0 for the lowest; None for one of all of them at random, each hit for itself.
         key: the Philox key, such as ``NoiseKey.value``.
         step: 0 .. 2^32 - 1.
-        rows: int64, one logical row for each row of ``x``; default 0, 1, 2, ... An element's fault depends on the key,
-            the step, its logical row and its column alone; a scale's on the logical row of its block's first element
-            and the block's index along the last axis.
+        rows: int64, one logical row for each row of ``x``, or pairs with a first column; default 0, 1, 2, ... An
+            element's fault depends on the key, the step, its logical row and its column alone; a scale's on the logical
+            row of its block's first element and the block's index along the last axis.
 
     Returns:
         The values, of the shape and dtype of ``x``; how many were hit; how many hits were to be expected.
@@ -67,11 +69,13 @@ def faulty_cast(
     fmt, below = get(format), threshold(rate)
     width = code_width(fmt, target)
     check_bit(bit, width)
-    at_step = torch.tensor(check_step(step))
+    if not 0 <= step < 1 << 32:
+        raise ConfigError(f"faulty_cast: step must be in 0..2^32-1, got {step!r}")
+    at_step, key = torch.tensor(step), (key + (1 << 63)) % (1 << 64) - (1 << 63)
     elements, scales, tensor_scale = torch.ops.aqnsim.quantize(x.detach(), str(fmt), axis, key, at_step, rows)
     count, columns = shape_in_rows(x)
     given = check_rows("faulty_cast", x, rows)
-    ids = np.arange(count) if given is None else given.cpu().numpy()
+    ids = np.arange(count) if given is None else _one_each(given.cpu().numpy())
     if not isinstance(fmt, BlockFormat) or target == "codes":
         hits, bits = _flips(ids, columns, below, bit, width, key, step)
         _flip_elements(elements, hits, bits, element_of(fmt))
@@ -88,12 +92,18 @@ def faulty_cast(
     return elements.to(x.dtype), len(hits), total * below / 2**32
 
 
+def _one_each(rows: I64) -> I64:
+    """Rows as one number each: a first column is folded in, with an odd factor."""
+    return rows if rows.ndim == 1 else rows[:, 0] ^ (rows[:, 1] * _FOLD)
+
+
 def _flips(rows: I64, columns: int, below: int, bit: int | None, width: int, key: int, step: int) -> tuple[I64, I64]:
     """Flat indices of what is hit among ``[len(rows), columns]``, and the bit that flips in each."""
     words = torch.empty(len(rows), columns, dtype=torch.int32)
     ids = torch.from_numpy(np.ascontiguousarray(rows))
     hit_key = sub_key(key, "hits") & 0xFFFFFFFFFFFFFFFF
-    _core.random_words(words.data_ptr(), ids.data_ptr(), len(rows), columns, hit_key, step, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    _core.random_words(words.data_ptr(), ids.data_ptr(), False, len(rows), columns, hit_key, step, threads)
     hits = np.flatnonzero(words.numpy().view(np.uint32) < below)
     return hits, bits_at(rows[hits // max(columns, 1)], hits % max(columns, 1), bit, width, key, step)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from aqnsim import backends
+from aqnsim._errors import ConfigError
 from aqnsim.formats import BlockFormat, get, scale_shape
 from aqnsim.receipts import STATS
 
@@ -23,7 +24,8 @@ _SCHEMAS = {
     "cast": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows, bool measure) -> (Tensor, Tensor)"),
     "quantize": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows) -> (Tensor, Tensor, Tensor)"),
     "perturb": (
-        "(Tensor y, str error, int key, Tensor step, Tensor? rows, ScalarType? dtype, bool measure) -> (Tensor, Tensor)"
+        "(Tensor y, str error, int key, Tensor step, Tensor? rows, Tensor? magnitude, ScalarType? dtype,"
+        " bool measure) -> (Tensor, Tensor)"
     ),
     "gemm": "(Tensor a, Tensor b, str accumulator) -> Tensor",
     "linear": (
@@ -148,7 +150,14 @@ def _(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, Tensor, Tenso
 
 @register_fake("aqnsim::perturb", lib=_LIB)
 def _(
-    y: Tensor, error: str, key: int, step: Tensor, rows: Tensor | None, dtype: Any, measure: bool
+    y: Tensor,
+    error: str,
+    key: int,
+    step: Tensor,
+    rows: Tensor | None,
+    magnitude: Tensor | None,
+    dtype: torch.dtype | None,
+    measure: bool,
 ) -> tuple[Tensor, Tensor]:
     return _dense(y, dtype), _stats_like(y)
 
@@ -214,7 +223,7 @@ def _straight_through(name: str, arguments: int) -> None:
 
 
 _straight_through("cast", 7)
-_straight_through("perturb", 7)
+_straight_through("perturb", 8)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -288,3 +297,14 @@ def _stage_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor |
 
 
 register_autograd("aqnsim::stage", _stage_grad, setup_context=_stage_setup, lib=_LIB)
+
+
+def _refuse_second(ctx: Any, *grads: Any) -> Any:
+    raise ConfigError(
+        "the gradient of an emulated product is itself computed on emulated hardware, and has no gradient: "
+        "take second derivatives (create_graph=True) under emulation.off()"
+    )
+
+
+for _name in ("linear_backward", "matmul_backward"):
+    register_autograd(f"aqnsim::{_name}", _refuse_second, lib=_LIB)

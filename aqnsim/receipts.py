@@ -22,9 +22,12 @@ STATS = (
     "injected_n",
     "saturated",
     "nonfinite",
+    "hits",
     "requested2",
+    "expected_hits",
 )
-"""What an op measures; see ``Stats`` in ``csrc/cpu/kernels.h``; ``requested2`` is sigma^2 times ``injected_n``."""
+"""What an op measures; see ``Stats`` in ``csrc/cpu/kernels.h``. The last two are what was asked for: sigma^2 times
+``injected_n``, and the rate times ``count``."""
 
 PHASES = ("attach", "rollout", "train", "eval", "reference")
 """When: ``attach`` is the one cast of frozen weights; the others are what a trainer does."""
@@ -54,9 +57,12 @@ class Receipt:
         calls: how often the op ran.
         elements: values that went through.
         changed: share of stored values that differ from what they would have been.
-        requested_sigma: for errors, the root mean square of the sigmas that the calls asked for. None for formats.
-        realised_sigma: for errors, the root mean square of what was injected, relative to ``|y|`` for relative
-            errors; measured before the output is rounded. None for formats.
+        requested_sigma: for errors, the root mean square of the sigmas that the calls asked for. None for formats
+            and for any error but one Gaussian.
+        realised_sigma: for errors, the root mean square of what was injected, in units of what a relative error is
+            relative to; measured before the output is rounded. None for formats and for any error but one Gaussian.
+        requested_rate: hits that models with a rate asked for, an element. None without such models.
+        realised_rate: hits that happened, an element. None without such models.
         sqnr_db: signal to noise of what was stored, in dB; inf when nothing changed.
         saturated: share of values beyond the element format's range.
         nonfinite: count of NaN and Inf values that came out.
@@ -72,6 +78,8 @@ class Receipt:
     changed: float
     requested_sigma: float | None
     realised_sigma: float | None
+    requested_rate: float | None
+    realised_rate: float | None
     sqnr_db: float | None
     saturated: float
     nonfinite: int
@@ -99,6 +107,9 @@ def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stre
     def sigma(sum2: str) -> float | None:
         return math.sqrt(s[sum2] / s["injected_n"]) if s["injected_n"] else None
 
+    def rate(hits: str) -> float | None:
+        return s[hits] / count if s["expected_hits"] else None
+
     sqnr = None
     if count:
         sqnr = _decibel(s["reference2"], s["error2"])
@@ -113,6 +124,8 @@ def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stre
         changed=s["changed"] / count if count else 0.0,
         requested_sigma=sigma("requested2"),
         realised_sigma=sigma("injected2"),
+        requested_rate=rate("expected_hits"),
+        realised_rate=rate("hits"),
         sqnr_db=sqnr,
         saturated=s["saturated"] / count if count else 0.0,
         nonfinite=int(s["nonfinite"]),
@@ -122,17 +135,18 @@ def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stre
 def merge(receipts: Sequence[Receipt]) -> Receipt:
     """One receipt for several of the same phase, stream and request: site and role become ``*``.
 
-    Counts add up; shares are weighted by elements, sigma is the root mean square, the SQNR that of the worst site.
+    Counts add up; shares and rates are weighted by elements, sigma is the root mean square, the SQNR that of the worst
+    site.
     """
     first, elements = receipts[0], sum(r.elements for r in receipts)
 
     def share(name: str) -> float:
         return sum(getattr(r, name) * r.elements for r in receipts) / elements if elements else 0.0
 
-    def sigma(name: str) -> float | None:
-        injected = [(getattr(r, name), r.elements) for r in receipts if getattr(r, name) is not None]
-        weight = sum(n for _, n in injected)
-        return math.sqrt(sum(s * s * n for s, n in injected) / weight) if weight else None
+    def mean(name: str, power: int) -> float | None:
+        known = [(getattr(r, name), r.elements) for r in receipts if getattr(r, name) is not None]
+        weight = sum(n for _, n in known)
+        return (sum(v**power * n for v, n in known) / weight) ** (1 / power) if weight else None
 
     roles = {r.role for r in receipts}
     return dataclasses.replace(
@@ -142,14 +156,17 @@ def merge(receipts: Sequence[Receipt]) -> Receipt:
         calls=sum(r.calls for r in receipts),
         elements=elements,
         changed=share("changed"),
-        requested_sigma=sigma("requested_sigma"),
-        realised_sigma=sigma("realised_sigma"),
+        requested_sigma=mean("requested_sigma", 2),
+        realised_sigma=mean("realised_sigma", 2),
+        requested_rate=mean("requested_rate", 1),
+        realised_rate=mean("realised_rate", 1),
         sqnr_db=min((r.sqnr_db for r in receipts if r.sqnr_db is not None), default=None),
         saturated=share("saturated"),
         nonfinite=sum(r.nonfinite for r in receipts),
     )
 
 
+_RATES = ("rate asked", "rate realised")
 _HEADER = (
     "phase",
     "stream",
@@ -160,6 +177,7 @@ _HEADER = (
     "changed",
     "sigma asked",
     "realised",
+    *_RATES,
     "SQNR dB",
     "saturated",
     "non-finite",
@@ -175,7 +193,7 @@ def by_request(receipts: Sequence[Receipt]) -> list[list[Receipt]]:
 
 
 def table(receipts: Sequence[Receipt]) -> str:
-    """Receipts merged over sites, one line for each phase, stream and request."""
+    """Receipts merged over sites, one line for each phase, stream and request; rates only where any has one."""
     rows = [_HEADER]
     for group in by_request(receipts):
         m = merge(group)
@@ -189,13 +207,21 @@ def table(receipts: Sequence[Receipt]) -> str:
                 str(m.calls),
                 str(m.elements),
                 f"{m.changed:.1%}" if measured else "-",
-                f"{m.requested_sigma:.6g}" if m.requested_sigma is not None else "-",
-                f"{m.realised_sigma:.6g}" if m.realised_sigma is not None else "-",
+                _number(m.requested_sigma),
+                _number(m.realised_sigma),
+                _number(m.requested_rate),
+                _number(m.realised_rate),
                 f"{m.sqnr_db:.2f}" if m.sqnr_db is not None else "-",
                 f"{m.saturated:.2%}" if measured else "-",
                 str(m.nonfinite),
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+    rated = any(r.requested_rate is not None for r in receipts)
+    kept = [i for i, name in enumerate(_HEADER) if rated or name not in _RATES]
+    widths = {i: max(len(row[i]) for row in rows) for i in kept}
+    lines = ["  ".join(row[i].ljust(widths[i]) for i in kept).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths.values()), *lines[1:]])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import DTYPES
-from aqnsim.rng import NoiseKey
+from aqnsim.rng import NoiseKey, coordinates
 
 SIZES = (16, 32, 64, 128)
 
@@ -27,7 +27,7 @@ def hadamard(
     then multiplies with ``1 / sqrt(size)``, and rounds to the dtype of ``x``. Differentiable.
 
     Args:
-        x: float32 or bfloat16; the axis must be a multiple of ``size``.
+        x: float32, bfloat16 or float16; the axis must be a multiple of ``size``.
         size: one of :data:`SIZES`.
         axis: the axis along which the blocks lie.
         signs: +1 and -1, ``[size]``, the same for all blocks: a tensor such as ``torch.tensor(TE_SIGNS)``; or a key,
@@ -50,7 +50,7 @@ def hadamard(
     if x.shape[axis] % size:
         raise ConfigError(f"hadamard: axis {axis} has {x.shape[axis]} elements, expected a multiple of {size}")
     if x.dtype not in DTYPES:
-        raise ConfigError(f"hadamard: expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
+        raise ConfigError(f"hadamard: expected a float32, bfloat16 or float16 tensor, got {x.dtype}: convert it first")
     flips = _signs(signs, size, x)
     blocks = x.float().movedim(axis, -1).unflatten(-1, (-1, size))
     if not inverse:
@@ -80,7 +80,7 @@ def _signs(signs: Tensor | NoiseKey | None, size: int, x: Tensor) -> Tensor:
 
         from aqnsim.reference import random_words
 
-        words = random_words(np.zeros(1, np.int64), size, signs.value, signs.step)[0]
+        words = random_words(np.zeros(1, np.int64), size, *coordinates(signs.value, signs.clock))[0]
         return torch.from_numpy(1.0 - 2.0 * (words >> 31)).float().to(x.device)
     flat = torch.as_tensor(signs)
     if flat.shape != (size,) or not bool((flat.abs() == 1).all()):

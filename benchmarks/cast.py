@@ -11,6 +11,7 @@ from torch import Tensor
 
 from aqnsim import _core, backends
 from aqnsim.backends import cpu
+from aqnsim.errors import RelativeGaussian
 from benchmarks.timing import alternate
 
 FORMATS = (
@@ -53,7 +54,8 @@ def into(out: Tensor, x: Tensor, name: str) -> Callable[[], object]:
 def perturb_into(out: Tensor, x: Tensor) -> Callable[[], object]:
     code = cpu._DTYPES[x.dtype]
     rows, columns = x.shape
-    arguments = (code, code, rows, columns, 0, 1, 1, 0, 0.05, False, torch.get_num_threads())
+    model = cpu._error_model(RelativeGaussian(0.05), 0, 1, 1, out.dtype == torch.bfloat16)
+    arguments = (code, code, rows, columns, 0, False, 0, [model], False, torch.get_num_threads())
     return lambda: _core.perturb(x.data_ptr(), out.data_ptr(), *arguments)
 
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <vector>
 
 #include "core/philox.h"
 #include "cpu/kernels.h"
@@ -14,10 +15,10 @@ using namespace pybind11::literals;
 
 namespace {
 
-using StatsArray = std::array<double, 8>;
+using StatsArray = std::array<double, 9>;
 
 StatsArray as_array(const cpu::Stats& s) {
-  return {s.count, s.changed, s.error2, s.reference2, s.injected2, s.injected_n, s.saturated, s.nonfinite};
+  return {s.count, s.changed, s.error2, s.reference2, s.injected2, s.injected_n, s.saturated, s.nonfinite, s.hits};
 }
 
 template <class T>
@@ -48,7 +49,8 @@ StatsArray cast(uintptr_t x, uintptr_t y, uintptr_t scales, uintptr_t words, int
 }
 
 StatsArray perturb(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int64_t rows, int64_t columns,
-                   uintptr_t row_ids, uint64_t key, uint32_t step, int kind, float sigma, bool measure, int threads) {
+                   uintptr_t row_ids, bool pairs, uintptr_t magnitude, const std::vector<ErrorModel>& models,
+                   bool measure, int threads) {
   cpu::PerturbArgs a;
   a.y = at<const void>(y);
   a.out = at<void>(out);
@@ -56,11 +58,10 @@ StatsArray perturb(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int6
   a.out_dtype = static_cast<cpu::Dtype>(out_dtype);
   a.rows = rows;
   a.columns = columns;
-  a.row_ids = at<const int64_t>(row_ids);
-  a.key = key;
-  a.step = step;
-  a.kind = static_cast<ErrorKind>(kind);
-  a.sigma = sigma;
+  a.row_ids = {at<const int64_t>(row_ids), pairs};
+  a.magnitude = at<const float>(magnitude);
+  a.models = models.data();
+  a.models_count = static_cast<int>(models.size());
   a.threads = threads;
   py::gil_scoped_release release;
   return as_array(cpu::kernels().perturb(a, measure));
@@ -130,20 +131,29 @@ PYBIND11_MODULE(_core, m) {
            "flush"_a, "min_exponent"_a, "promote"_a);
   m.def("cast", &cast);
   m.def("tensor_scale", [](const Scaling& k, float amax) { return TensorScale(k, amax).stored; });
-  m.def("random_words",
-        [](uintptr_t out, uintptr_t row_ids, int64_t rows, int64_t columns, uint64_t key, uint32_t step, int threads) {
-          py::gil_scoped_release release;
-          cpu::kernels().random_words(at<uint32_t>(out), at<const int64_t>(row_ids), rows, columns, key, step, threads);
-        });
+  m.def("random_words", [](uintptr_t out, uintptr_t row_ids, bool pairs, int64_t rows, int64_t columns, uint64_t key,
+                           uint32_t word, int threads) {
+    py::gil_scoped_release release;
+    cpu::kernels().random_words(at<uint32_t>(out), {at<const int64_t>(row_ids), pairs}, rows, columns, key, word,
+                                threads);
+  });
+  py::class_<ErrorModel>(m, "ErrorModel")
+      .def(py::init([](int kind, uint64_t key, uint64_t hit_key, uint32_t word, uint32_t last_hit, float a, float b,
+                       bool by_magnitude, int lanes, int bit, int low_bit) {
+             return ErrorModel{
+                 static_cast<ErrorKind>(kind), key, hit_key, word, last_hit, a, b, by_magnitude, lanes, bit, low_bit};
+           }),
+           py::kw_only(), "kind"_a, "key"_a, "hit_key"_a, "word"_a, "last_hit"_a, "a"_a, "b"_a, "by_magnitude"_a,
+           "lanes"_a, "bit"_a, "low_bit"_a);
   m.def("perturb", &perturb);
   m.def("gemm", &gemm);
   m.def("amax", [](uintptr_t x, int dtype, int64_t n, int threads) {
     py::gil_scoped_release release;
     return cpu::kernels().amax(at<const void>(x), static_cast<cpu::Dtype>(dtype), n, threads);
   });
-  m.def("normal", [](uintptr_t out, int64_t rows, int64_t columns, uint64_t key, uint32_t step) {
+  m.def("normal", [](uintptr_t out, int64_t rows, int64_t columns, uint64_t key, uint32_t word) {
     py::gil_scoped_release release;
-    cpu::kernels().normal(at<float>(out), rows, columns, key, step);
+    cpu::kernels().normal(at<float>(out), rows, columns, key, word);
   });
   m.def("philox", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
     philox4x32_10(c[0], c[1], c[2], c[3], k[0], k[1]);

@@ -11,7 +11,7 @@ from aqnsim.profiles import ELEMENTWISE, GEMMS, KINDS, Forward, OpSpec, Profile,
 
 FAMILIES = (
     *("llama", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral"),
-    *("phi", "phi3", "gpt2", "gpt_neox", "olmo2", "smollm3", "granite", "starcoder2", "opt"),
+    *("gpt_oss", "deepseek_v3", "phi", "phi3", "gpt2", "gpt_neox", "bloom", "olmo2", "smollm3", "granite", "opt"),
 )
 LENGTH = 128
 

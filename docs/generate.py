@@ -17,13 +17,14 @@ from pathlib import Path
 import families
 import numerics
 
-from aqnsim import errors
+from aqnsim import accumulator, errors, profiles
 from aqnsim._errors import AqnsimError, ConfigError, unknown
 from aqnsim.cli.output import Table
 from aqnsim.cli.tables import backend_table, format_table, profile_table
+from aqnsim.profiles.texts import FIELD_MEANINGS, KIND_MEANINGS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md")
+PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md", "docs/profiles.md")
 
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -37,6 +38,25 @@ def error_table() -> Table:
     return rows
 
 
+def unit_table() -> Table:
+    """Every matrix unit: the formats it is for, its accumulator and where the figures come from."""
+    rows: Table = [("unit", "formats", "accumulator", "verified", "source")]
+    for name, unit in accumulator.MATRIX_UNITS.items():
+        text = str(unit.accumulator).removeprefix("accumulator")[1:-1]
+        rows.append((name, ", ".join(unit.formats), text, "yes" if unit.verified else "no", unit.source))
+    return rows
+
+
+def source_table() -> Table:
+    """What every profile is and is not a model of: what it says itself."""
+    rows: Table = [("name", "what it models", "source", "what it does not model")]
+    for profile in map(profiles.load, profiles.names()):
+        source = {**profile.source}
+        left_out = source.pop("not_modelled", "-")
+        rows.append((profile.name, profile.description, "; ".join(source.values()), left_out))
+    return rows
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "backends": backend_table,
     "coverage": families.coverage_table,
@@ -46,9 +66,13 @@ TABLES: dict[str, Callable[[], Table]] = {
     "exhaustive": numerics.exhaustive_table,
     "formats": format_table,
     "nvfp4": numerics.nvfp4_table,
+    "profile-fields": lambda: [("field", "meaning"), *FIELD_MEANINGS.items()],
+    "profile-kinds": lambda: [("kind", "op"), *KIND_MEANINGS.items()],
+    "profile-sources": source_table,
     "profiles": profile_table,
     "scales": numerics.scale_table,
     "ties": numerics.tie_table,
+    "units": unit_table,
 }
 
 

@@ -31,14 +31,16 @@ ELEMENTWISE = OpSpec(
     grad_input=GradInput(grad="bf16", error=str(RelativeGaussian(0.01))),
 )
 PRODUCT = OpSpec(
-    forward=Forward(input="fp8_e4m3", weight="mxfp8_e4m3"),
-    grad_input=GradInput(grad="fp8_e5m2", weight="mxfp8_e4m3"),
-    grad_weight=GradWeight(grad="fp8_e5m2", input="mxfp8_e4m3", hadamard=16),
-)
-NOISY_PRODUCT = OpSpec(
     forward=Forward(input="fp8_e4m3", weight="mxfp8_e4m3", error=FIVE),
     grad_input=GradInput(grad=STOCHASTIC, weight="mxfp8_e4m3", error=FIVE),
-    grad_weight=GradWeight(grad="fp8_e5m2", input="mxfp8_e4m3", error=FIVE),
+    grad_weight=GradWeight(grad="fp8_e5m2", input="mxfp8_e4m3", hadamard=16, error=FIVE),
+)
+PLAIN_PRODUCT = OpSpec(
+    forward=Forward(input="fp8_e4m3", weight="fp8_e4m3", error=FIVE),
+    grad_input=GradInput(grad=STOCHASTIC, error=FIVE),
+)
+PER_HEAD = OpSpec(
+    forward=Forward(error=FIVE, output=STOCHASTIC), grad_input=GradInput(grad="fp8_e5m2", error=FIVE, output="bf16")
 )
 
 
@@ -53,9 +55,16 @@ MIXED = rules(
     ("norm", NORM),
     (("activation", "add", "multiply"), ELEMENTWISE),
     (("qk", "pv"), PRODUCT),
-    (("softmax", "rope", "kv_cache"), OpSpec(forward=Forward(output="bf16"), grad_input=GradInput(grad="fp8_e5m2"))),
+    (("softmax", "rope", "kv_cache"), PER_HEAD),
 )
-"""Formats on every kind of op, errors and stochastic rounding where an op has no heads."""
+"""Formats, errors and stochastic rounding on every kind of op."""
+
+BY_TOKEN = rules(
+    *((r.kind, r.spec) for r in MIXED.rules if "qk" not in r.kinds),
+    ("qk", PRODUCT),
+    ("pv", PLAIN_PRODUCT),
+)
+"""The same where each token's result depends on earlier tokens alone: blocks of values would run along the tokens."""
 
 
 def gpt2(dtype: torch.dtype = torch.float32) -> nn.Module:

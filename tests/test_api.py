@@ -12,7 +12,7 @@ from torch import Tensor
 from values import all_bf16, random_bits, same_bits
 
 import aqnsim
-from aqnsim import ConfigError, NoiseKey, RelativeGaussian, UnknownNameError, formats
+from aqnsim import ConfigError, NoiseKey, RelativeGaussian, UnknownNameError, errors, formats
 from aqnsim.formats import BlockFormat, Format, element_of
 
 KEY = NoiseKey(seed=0, site="demo", step=0)
@@ -265,10 +265,26 @@ def test_noise_has_the_size_that_was_asked_for() -> None:
     assert noise.std().item() == pytest.approx(0.05, rel=5e-3)
 
 
+def test_several_models_act_in_order_and_are_rounded_once() -> None:
+    y = tensor(30, 40, dtype=torch.bfloat16)
+    models = [RelativeGaussian(0.05), errors.Saturation(1.5)]
+    out = aqnsim.perturb(y, models, KEY)
+    assert same_bits(out, aqnsim.perturb(y.float(), models[0], KEY).clamp(-1.5, 1.5).bfloat16())
+    assert same_bits(out, aqnsim.perturb(y, tuple(models), KEY))
+
+
+def test_a_repetition_of_a_run_is_seen_by_models_that_ask_for_it() -> None:
+    y, again = tensor(30, 40), NoiseKey(**{**KEY.__dict__, "run": 1})
+    usual, each = RelativeGaussian(0.05), RelativeGaussian(0.05, draw="per_run")
+    assert same_bits(aqnsim.perturb(y, usual, again), aqnsim.perturb(y, usual, KEY))
+    assert same_bits(aqnsim.perturb(y, each, KEY), aqnsim.perturb(y, usual, KEY))
+    assert not torch.equal(aqnsim.perturb(y, each, again), aqnsim.perturb(y, each, KEY))
+
+
 # ---- clear errors --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.int8, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.int8, torch.bool])
 def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
     x = torch.ones(4, 32).to(dtype)
     for call in (
@@ -276,7 +292,8 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
         lambda: aqnsim.quantize(x, "mxfp4"),
         lambda: aqnsim.perturb(x, RelativeGaussian(0.1), KEY),
     ):
-        with pytest.raises(ConfigError, match=f"expected a float32 or bfloat16 tensor, got {dtype}: convert it first"):
+        message = f"expected a float32, bfloat16 or float16 tensor, got {dtype}: convert it first"
+        with pytest.raises(ConfigError, match=message):
             call()
 
 
@@ -312,7 +329,7 @@ def test_other_mistakes_get_one_clear_error() -> None:
         aqnsim.perturb(x, 0.05, KEY)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected a NoiseKey"):
         aqnsim.perturb(x, RelativeGaussian(0.1), 3)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="expected 2 int64 rows, got 3"):
+    with pytest.raises(ConfigError, match=r"expected 2 int64 rows, .* got torch.int64 \[3\]"):
         aqnsim.perturb(torch.ones(2, 4), RelativeGaussian(0.1), KEY, rows=torch.arange(3))
     with pytest.raises(ConfigError, match="cannot store the NaN values of the input"):
         aqnsim.quantize(torch.tensor([torch.nan]), "int8")
@@ -320,6 +337,15 @@ def test_other_mistakes_get_one_clear_error() -> None:
         aqnsim.cast(x, "bf16", rounding="stochastic")
     with pytest.raises(ConfigError, match="tiles lie in the last two axes, but blocks run along axis 0"):
         aqnsim.cast(torch.ones(2, 3, 4), "mxfp4(block=16x16)", axis=0)
-    for step in (-1, 1 << 32, 1.5):
+    for error in ([], [0.05], "saturation(limit=1)"):
+        with pytest.raises(ConfigError, match=r"such as RelativeGaussian\(0\.05\), or several, got"):
+            aqnsim.perturb(x, error, KEY)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="pass it as magnitude"):
+        aqnsim.perturb(x, RelativeGaussian(0.1, reference="absdot"), KEY)
+    with pytest.raises(UnknownNameError, match=r"unknown phase 'trian' .did you mean 'train'"):
+        NoiseKey(phase="trian")
+    with pytest.raises(ConfigError, match=r"run must be an integer in 0\.\.2\^31-1, got 2147483648"):
+        NoiseKey(run=1 << 31)
+    for step in (-1, 1 << 30, 1.5):
         with pytest.raises(ConfigError, match="step must be an integer"):
             NoiseKey(step=step)  # type: ignore[arg-type]

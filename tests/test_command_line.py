@@ -22,6 +22,7 @@ import aqnsim
 from aqnsim import ConfigError, backends, cli, formats, profiles
 from aqnsim.cli import output, pages, tables, tensors
 from aqnsim.formats import BlockFormat, Format
+from aqnsim.profiles.texts import flat, to_dict, to_toml
 
 Capture = pytest.CaptureFixture[str]
 
@@ -498,16 +499,29 @@ def test_profile_list_shows_every_profile(capsys: Capture) -> None:
     assert all(profiles.load(name).fingerprint == row["fingerprint"] for name, row in rows.items())
 
 
+def test_profile_list_as_json_holds_every_profile(capsys: Capture) -> None:
+    assert cli.main(["profile", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [to_dict(profiles.load(name)) for name in profiles.names()]
+
+
 @pytest.mark.parametrize("name", profiles.names())
 def test_profile_show_tells_all_that_a_profile_holds(name: str, capsys: Capture) -> None:
     assert cli.main(["profile", "show", name]) == 0
     shown, profile = capsys.readouterr().out, profiles.load(name)
     expected = [profile.name, profile.fingerprint, profile.description, *profile.source.values(), *profile.exclude]
     for rule in profile.rules:
-        spec = rule.spec
-        parts = [spec.forward.input, spec.forward.weight, spec.forward.error]
-        expected += [p for p in [*parts, spec.grad_input.error, spec.grad_weight.error] if p]
-    assert [text for text in expected if text not in shown] == []
+        expected += [*rule.kinds, *rule.sites, *rule.phases]
+        expected += [f"  {field} = {value}\n" for field, value in flat(rule.spec).items()]
+    assert [text for text in expected if text not in f"{shown}\n"] == []
+    assert shown.count("\nrule ") == len(profile.rules)
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_profile_show_as_json_and_as_toml_is_the_profile(name: str, capsys: Capture) -> None:
+    assert cli.main(["profile", "show", name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == to_dict(profiles.load(name))
+    assert cli.main(["profile", "show", name, "--toml"]) == 0
+    assert profiles.from_toml(capsys.readouterr().out) == profiles.load(name)
 
 
 def test_profile_show_takes_a_file(tmp_path: Path, capsys: Capture) -> None:
@@ -518,6 +532,91 @@ def test_profile_show_takes_a_file(tmp_path: Path, capsys: Capture) -> None:
     )
     assert cli.main(["profile", "show", str(path)]) == 0
     assert "grad_input.error = absolute-gaussian(sigma=0.5)" in capsys.readouterr().out
+
+
+def test_profile_diff_says_what_differs_kind_by_kind_in_words(capsys: Capture) -> None:
+    assert cli.main(["profile", "diff", "mxfp4-w4a16", "mi355"]) == 0
+    one, other = (profiles.load(name).fingerprint for name in ("mxfp4-w4a16", "mi355"))
+    assert capsys.readouterr().out.splitlines() == [
+        f"mxfp4-w4a16 ({one}) and mi355 ({other})",
+        "  the fingerprints differ",
+        "",
+        "linear (rule 1)",
+        "  forward.weight is mxfp4 in mxfp4-w4a16, mxfp4(scale=even) in mi355",
+        "  forward.input is not asked for in mxfp4-w4a16, mxfp4(scale=even) in mi355",
+        "",
+        "matmul, qk, pv (no rule and rule 2)",
+        "  only in mi355: sites = *, phases = rollout, train, eval, reference, "
+        "forward.input = bf16, forward.weight = bf16",
+        "",
+        "also differ, which changes no number: description, source",
+    ]
+
+
+def test_profile_diff_of_files_that_share_a_name_and_differ_in_exclusions(tmp_path: Path, capsys: Capture) -> None:
+    for folder, exclude in (("a", '"lm_head"'), ("b", '"router"')):
+        (tmp_path / folder).mkdir()
+        text = to_toml(profiles.load("bf16")).replace('"lm_head", "embedding", "router"', exclude)
+        (tmp_path / folder / "mine.toml").write_text(text)
+    a, b = (str(tmp_path / folder / "mine.toml") for folder in "ab")
+    assert cli.main(["profile", "diff", a, b]) == 0
+    shown = capsys.readouterr().out
+    assert "exclude\n  only in the first: lm_head\n  only in the second: router\n" in shown
+    assert "the fingerprints differ" in shown
+    assert cli.main(["profile", "diff", a, a]) == 0
+    assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_profile_diff_notices_another_order_alone(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "mine.toml"
+    text = to_toml(profiles.load("bf16"))
+    path.write_text(text.replace('"lm_head", "embedding", "router"', '"router", "embedding", "lm_head"'))
+    assert cli.main(["profile", "diff", "bf16", str(path)]) == 0
+    assert "they ask the same of every kind of op, in other rules or another order" in capsys.readouterr().out
+
+
+def test_profile_diff_as_json(capsys: Capture) -> None:
+    assert cli.main(["profile", "diff", "mxfp4-w4a16", "nvfp4-w4a16", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in data["profiles"]] == ["mxfp4-w4a16", "nvfp4-w4a16"]
+    assert data["same numbers"] is False
+    assert data["exclude"] == [[], []]
+    assert data["rules"] == [
+        {
+            "kinds": ["linear"],
+            "rules": [1, 1],
+            "field": "forward.weight",
+            "values": ["mxfp4", "nvfp4"],
+            "words": "forward.weight is mxfp4 in mxfp4-w4a16, nvfp4 in nvfp4-w4a16",
+        }
+    ]
+
+
+@pytest.mark.parametrize("start", [None, *profiles.names()])
+def test_profile_new_writes_a_valid_profile_to_start_from(start: str | None, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "mine.toml"
+    assert cli.main(["profile", "new", str(path), *(["--from", start] if start else [])]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    assert list(tmp_path.iterdir()) == [path]
+    mine, origin = profiles.load(path), profiles.load(start or "bf16")
+    assert (mine.name, mine.rules, mine.exclude) == ("mine", origin.rules, origin.exclude)
+    assert mine.fingerprint == origin.fingerprint
+    assert mine.source["start"] == f"profile {origin.name} ({origin.fingerprint})"
+
+
+def test_profile_new_leaves_a_file_that_is_there_alone(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("mine")
+    expected = f"aqnsim: error: cannot write {path}: it exists already; give another name or remove it first\n"
+    assert cli.main(["profile", "new", str(path)]) == 2
+    assert capsys.readouterr().err == expected
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # as when another process writes it in this moment
+    assert cli.main(["profile", "new", str(path)]) == 2
+    assert capsys.readouterr().err == expected
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_backends_shows_which_one_serves_a_device(capsys: Capture) -> None:
@@ -534,6 +633,12 @@ def test_backends_shows_which_one_serves_a_device(capsys: Capture) -> None:
     [
         (["profile", "show", "mxfp4-w4a15"], "unknown profile 'mxfp4-w4a15' (did you mean 'mxfp4-w4a16'?)"),
         (["profile", "show", "nowhere/my.toml"], "profile 'nowhere/my.toml': no such file"),
+        (["profile", "show", "bf16", "--json", "--toml"], "--json and --toml are two ways to print a profile"),
+        (["profile", "diff", "bf16", "fp61"], "unknown profile 'fp61' (did you mean 'fp16'?)"),
+        (["profile", "diff", "bf16"], "Missing argument 'B'"),
+        (["profile", "new", "mine.tml"], "a profile is a file that ends in .toml, got 'mine.tml'"),
+        (["profile", "new", "nowhere/mine.toml"], "cannot write nowhere/mine.toml: No such file or directory"),
+        (["profile", "new", "mine.toml", "--from", "bf61"], "unknown profile 'bf61' (did you mean 'bf16'?)"),
         (["formats", "nvfp5"], "unknown format 'nvfp5' (did you mean 'nvfp4'?)"),
         (["formats", "mxfp4(scal=floor)"], "unknown field of format 'mxfp4' 'scal' (did you mean 'scale'?)"),
         (["formats", "--format", "hif8"], "--format chooses what --plot draws"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixed import FIVE, MIXED, assert_all_same, gpt2, step
+from mixed import BY_TOKEN, FIVE, MIXED, assert_all_same, gpt2, step
 from models import llama, profile, tokens
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -101,6 +101,19 @@ def test_off_and_the_end_of_the_emulation_reach_a_compiled_model() -> None:
     assert_all_same(step(model, loss_of(model, ids)), plain)
 
 
+def test_a_model_compiled_before_is_emulated_after_and_given_back() -> None:
+    model, ids = small(llama), tokens()
+    eager = small(llama)
+    with aqnsim.emulate(eager, MIXED, seed=3) as emu:
+        emulated, sites = step(eager, loss_of(eager, ids)), [s.name for s in emu.sites]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    plain = step(model, loss_of(compiled, ids))
+    with aqnsim.emulate(compiled, MIXED, seed=3) as emu:
+        assert [s.name for s in emu.sites] == sites
+        assert_all_same(step(model, loss_of(compiled, ids)), emulated)
+    assert_all_same(step(model, loss_of(compiled, ids)), plain)
+
+
 def test_a_compiled_model_may_recompute_its_layers() -> None:
     results = []
     for compiled in (False, True):
@@ -111,6 +124,37 @@ def test_a_compiled_model_may_recompute_its_layers() -> None:
                 counted(model)
             emu.begin_step(2, 9)
             results.append(step(model, loss_of(model, ids)))
+    assert_all_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_a_compiled_model_under_autocast_computes_the_same(dtype: torch.dtype) -> None:
+    results = []
+    for compiled in (False, True):
+        model, ids = small(llama), tokens()
+        with aqnsim.emulate(model, MIXED, seed=3):
+            if compiled:
+                counted(model)
+            with torch.autocast("cpu", dtype):
+                results.append([model(input_ids=ids, use_cache=False).logits.detach()])
+    assert_all_same(results[1], results[0])
+
+
+def test_compiled_decoding_with_a_static_cache_computes_the_same() -> None:
+    from transformers import StaticCache
+
+    ids, results = tokens(batch=2, length=6), []
+    for compiled in (False, True):
+        model = small(llama)
+        with aqnsim.emulate(model, BY_TOKEN, seed=3) as emu, torch.no_grad():
+            cache = StaticCache(config=model.config, max_cache_len=8)
+            found = [model(input_ids=ids[:, :3], past_key_values=cache, use_cache=True).logits]
+            counter = counted(model) if compiled else None
+            for i in range(3, 6):
+                emu.begin_step(i, 9)
+                found.append(model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+            assert counter is None or counter.frame_count == 1
+        results.append(found)
     assert_all_same(results[1], results[0])
 
 

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from chains import LONGER, all_chains, draws, singles
 from scipy import stats as scipy_stats
 from test_reference import PHILOX
 from texts import PARAMETRIC, all_texts, axes_of
 from torch import Tensor
 from values import all_bf16, all_fp16, bits, critical, random_bits, same_bits
 
-from aqnsim import ConfigError, _core, formats, reference
+from aqnsim import BackendError, ConfigError, _core, errors, formats, reference
 from aqnsim.backends import cpu
 from aqnsim.backends import reference as slow
-from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian
 from aqnsim.formats import BlockFormat, Format, element_of
 from aqnsim.receipts import STATS
-from aqnsim.rng import key_of
+from aqnsim.rng import DRAWS, clock, coordinates, key_of
 
 NAMES = [*formats.ALL, *PARAMETRIC]
 TEXTS = all_texts()
-COUNTS = ("calls", "count", "changed", "injected_n", "saturated", "nonfinite")
-SUMS = ("error2", "reference2", "injected2", "requested2")
+COUNTS = ("calls", "count", "changed", "injected_n", "saturated", "nonfinite", "hits")
+SUMS = ("error2", "reference2", "injected2", "requested2", "expected_hits")
 every_text = pytest.mark.parametrize("text", TEXTS)
 every_format = pytest.mark.parametrize("name", NAMES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-KEY = key_of(0, "site", "train", "output")
+KEY = key_of(0, "site", "output")
 STEP = torch.tensor(5)
 
 
@@ -185,10 +187,13 @@ STOCHASTIC = [t for t in TEXTS if formats.random_bits(formats.get(t))]
 
 def test_random_words_are_those_of_the_reference() -> None:
     rows = np.random.default_rng(21).integers(0, 1 << 63, 7)
-    for columns in (1, 4, 127, 130, 260):
-        got = torch.empty(7, columns, dtype=torch.int32)
-        _core.random_words(got.data_ptr(), torch.from_numpy(rows).data_ptr(), 7, columns, KEY & (2**64 - 1), 9, 2)
-        assert np.array_equal(got.numpy().view(np.uint32), reference.random_words(rows, columns, KEY, 9))
+    pairs = np.stack([rows, [0, 1, 2, 3, 129, 1 << 32, (1 << 33) - 1]], axis=1)
+    for ids in (rows, pairs):
+        for columns in (1, 4, 127, 130, 260):
+            got = torch.empty(7, columns, dtype=torch.int32)
+            address = torch.from_numpy(ids).data_ptr()
+            _core.random_words(got.data_ptr(), address, ids.ndim == 2, 7, columns, KEY & (2**64 - 1), 9, 2)
+            assert np.array_equal(got.numpy().view(np.uint32), reference.random_words(ids, columns, KEY, 9))
 
 
 @pytest.mark.parametrize("text", ["fp8_e4m3(rounding=stochastic)", "mxfp4(rounding=stochastic-8)"])
@@ -252,7 +257,7 @@ def test_stochastic_rounding_stays_between_the_neighbours_of_a_value(text: str) 
 def test_a_stochastic_rounding_without_a_step_is_refused(backend: object) -> None:
     with pytest.raises(ConfigError, match="draws random bits: pass a key"):
         backend.cast(torch.ones(4), "bf16(rounding=stochastic)", -1, 0, None, None, False)  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="expected 1 int64 rows, got 2"):
+    with pytest.raises(ConfigError, match=r"expected 1 int64 rows, as \[1\] .*got torch.int64 \[2\]"):
         backend.cast(torch.ones(4), "bf16(rounding=stochastic)", -1, 0, STEP, torch.arange(2), False)  # type: ignore[attr-defined]
 
 
@@ -322,10 +327,13 @@ def test_normals_of_different_coordinates_are_independent(sample: Tensor) -> Non
         "next in the block of four": sample[:1024, 2:2050],
         "row": sample[1:1025, :2048],
         "step": kernel_normal(1024, 2048, KEY, 4),
-        "seed": kernel_normal(1024, 2048, key_of(1, "site", "train", "output"), 3),
-        "site": kernel_normal(1024, 2048, key_of(0, "site2", "train", "output"), 3),
-        "phase": kernel_normal(1024, 2048, key_of(0, "site", "rollout", "output"), 3),
-        "stream": kernel_normal(1024, 2048, key_of(0, "site", "train", "grad-input"), 3),
+        "seed": kernel_normal(1024, 2048, key_of(1, "site", "output"), 3),
+        "site": kernel_normal(1024, 2048, key_of(0, "site2", "output"), 3),
+        "phase": kernel_normal(1024, 2048, KEY, 1 << 30 | 3),
+        "model of a chain": kernel_normal(1024, 2048, *coordinates(KEY, 3, model=1)),
+        "part of a model": kernel_normal(1024, 2048, *coordinates(KEY, 3, part=1)),
+        "run": kernel_normal(1024, 2048, *coordinates(KEY, 1 << 32 | 3, "per_run")),
+        "stream": kernel_normal(1024, 2048, key_of(0, "site", "grad-input"), 3),
     }
     limit = 4 / np.sqrt(z.numel())
     for name, other in others.items():
@@ -335,93 +343,287 @@ def test_normals_of_different_coordinates_are_independent(sample: Tensor) -> Non
 
 
 def test_keys_tell_fields_apart() -> None:
-    assert key_of(1, "2", "train", "output") != key_of(12, "", "train", "output")
-    assert key_of(0, "a", "btrain", "output") != key_of(0, "ab", "train", "output")
+    assert key_of(1, "2", "output") != key_of(12, "", "output")
+    assert key_of(0, "a", "boutput") != key_of(0, "ab", "output")
 
 
 # ---- perturb -------------------------------------------------------------------------------------------------------
 
-MODELS = [RelativeGaussian(0.05), AbsoluteGaussian(0.3), RelativeGaussian(0.0)]
-every_model = pytest.mark.parametrize("model", MODELS, ids=str)
+RELATIVE = "relative-gaussian(sigma=0.05)"
+CHAINS = all_chains()
+SIZED = [t for t in singles() if getattr(errors.parse(t), "sigma", 1) > 0]
+every_chain = pytest.mark.parametrize("chain", CHAINS)
+CLOCK = clock(5, "eval", run=3)
 
 
-def run(
+def magnitude_for(chain: str, y: Tensor) -> Tensor | None:
+    return 1 + normal_tensor(*y.shape, seed=30).reshape(y.shape).abs() if "absdot" in chain else None
+
+
+def perturbed(
+    backend: Any,
     y: Tensor,
-    model: ErrorModel,
-    step: int = 5,
+    chain: str,
     rows: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    measure: bool = True,
+    at: int = CLOCK,
 ) -> tuple[Tensor, Tensor]:
-    return cpu.perturb(y, str(model), KEY, torch.tensor(step), rows, dtype, True)
+    return backend.perturb(y, chain, KEY, torch.tensor(at), rows, magnitude_for(chain, y), dtype, measure)
+
+
+def run(y: Tensor, chain: str = RELATIVE, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return perturbed(cpu, y, chain, rows)
+
+
+def stats_of(y: Tensor, chain: str, **kwargs: Any) -> dict[str, float]:
+    return dict(zip(STATS, perturbed(cpu, y, chain, **kwargs)[1].tolist(), strict=True))
 
 
 def assert_same_perturb(
-    y: Tensor,
-    model: ErrorModel,
-    rows: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-    sums: bool = True,
+    y: Tensor, chain: str, rows: Tensor | None = None, dtype: torch.dtype | None = None, sums: bool = True
 ) -> None:
-    got, got_stats = run(y, model, rows=rows, dtype=dtype)
-    expected, expected_stats = slow.perturb(y, str(model), KEY, torch.tensor(5), rows, dtype, True)
+    got, got_stats = perturbed(cpu, y, chain, rows, dtype)
+    expected, expected_stats = perturbed(slow, y, chain, rows, dtype)
     assert same_bits(got, expected)
     assert_same_stats(got_stats, expected_stats, sums)
-    quiet, zeros = cpu.perturb(y, str(model), KEY, torch.tensor(5), rows, dtype, False)
+    quiet, zeros = perturbed(cpu, y, chain, rows, dtype, measure=False)
     assert same_bits(quiet, got)
     assert not zeros.any()
 
 
-@every_model
+def some_rows(n: int, pairs: bool, seed: int = 9) -> Tensor:
+    rng = np.random.default_rng(seed)
+    rows = torch.from_numpy(rng.integers(0, 1 << 63, n))
+    first = torch.from_numpy(rng.integers(0, 1 << 33, n))
+    first[:: max(n // 5, 1)] = torch.arange(len(first[:: max(n // 5, 1)]))
+    return torch.stack([rows, first], 1) if pairs else rows
+
+
+def test_every_model_has_a_kernel_and_a_reference() -> None:
+    assert {errors.parse(t).kind for t in CHAINS if " + " not in t} == set(errors.MODELS)
+    assert {k.kind for k in cpu._KINDS} == set(errors.MODELS)
+
+
+@every_chain
 @every_dtype
 @pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16], ids=["same", "to fp32", "to bf16"])
-@pytest.mark.parametrize("columns", [1, 3, 4, 127, 128, 129, 260])
-def test_perturb_equals_the_reference(
-    model: ErrorModel, dtype: torch.dtype, out: torch.dtype | None, columns: int
-) -> None:
-    y = normal_tensor(37, columns, seed=8).to(dtype)
-    assert_same_perturb(y, model, dtype=out)
-    rows = torch.from_numpy(np.random.default_rng(9).integers(0, 1 << 63, 37))
-    assert_same_perturb(y, model, rows=rows, dtype=out)
-    assert not same_bits(run(y, MODELS[0], rows=rows)[0], run(y, MODELS[0])[0])
+def test_perturb_equals_the_reference(chain: str, dtype: torch.dtype, out: torch.dtype | None) -> None:
+    for columns in (1, 3, 127, 128, 129, 260):
+        y = normal_tensor(17, columns, seed=8).to(dtype)
+        for rows in (None, some_rows(17, pairs=False), some_rows(17, pairs=True)):
+            assert_same_perturb(y, chain, rows=rows, dtype=out)
 
 
-@every_model
-def test_perturb_of_random_fp32_bits(model: ErrorModel) -> None:
-    y = torch.from_numpy(random_bits(1 << 20, seed=10).copy()).view(-1, 100 * 4 + 1 + 623)
-    assert_same_perturb(y, model, sums=False)
-    assert_same_perturb(y, model, dtype=torch.bfloat16, sums=False)
+@every_chain
+def test_rows_that_begin_in_column_0_need_no_pair(chain: str) -> None:
+    y, rows = normal_tensor(17, 133, seed=8), some_rows(17, pairs=False)
+    pairs = torch.stack([rows, torch.zeros_like(rows)], 1)
+    (a, a_stats), (b, b_stats) = run(y, chain, rows), run(y, chain, pairs)
+    assert same_bits(a, b)
+    assert_same_stats(a_stats, b_stats)
 
 
-@every_model
+@every_chain
+def test_a_row_that_begins_further_on_is_a_part_of_the_whole_row(chain: str) -> None:
+    y, rows = normal_tensor(5, 300, seed=8), some_rows(5, pairs=False)
+    magnitude = magnitude_for(chain, y)
+
+    def part(begin: int, end: int, pairs: Tensor) -> Tensor:
+        m = None if magnitude is None else magnitude[:, begin:end]
+        return cpu.perturb(y[:, begin:end], chain, KEY, torch.tensor(CLOCK), pairs, m, None, True)[0]
+
+    whole = run(y, chain, rows)[0]
+    for begin, end in ((0, 1), (1, 2), (2, 130), (3, 300), (127, 257), (128, 256), (295, 299)):
+        pairs = torch.stack([rows, torch.full_like(rows, begin)], 1)
+        assert same_bits(part(begin, end, pairs), whole[:, begin:end]), (begin, end)
+
+
+@every_chain
+def test_perturb_of_random_fp32_bits(chain: str) -> None:
+    y = torch.from_numpy(random_bits(1 << 17, seed=10).copy()).view(-1, 1 << 9)
+    assert_same_perturb(y, chain, sums=False)
+    assert_same_perturb(y, chain, dtype=torch.bfloat16, sums=False)
+
+
+@every_chain
 @pytest.mark.parametrize("shape", [(), (5,), (0,), (3, 0), (0, 5), (2, 3, 4)])
-def test_perturb_of_any_shape(model: ErrorModel, shape: tuple[int, ...]) -> None:
-    assert_same_perturb(normal_tensor(*shape, seed=11).reshape(shape), model)
+def test_perturb_of_any_shape(chain: str, shape: tuple[int, ...]) -> None:
+    assert_same_perturb(normal_tensor(*shape, seed=11).reshape(shape), chain)
 
 
-@every_model
-def test_infinities_and_nan_pass(model: ErrorModel) -> None:
+@every_chain
+def test_infinities_and_nan_pass(chain: str) -> None:
     y = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0])
-    out, stats = run(y, model)
+    out, stats = run(y, chain)
     assert same_bits(out[:3], y[:3])
-    assert out[3].isfinite()
     assert stats.isfinite().all()
-    assert dict(zip(STATS, stats.tolist(), strict=True))["nonfinite"] == 3
+    s = stats_of(y, chain)
+    assert s["nonfinite"] == 3 + (not out[3].isfinite())
+    assert s["hits"] <= chain.count("rate=")
+
+
+@pytest.mark.parametrize("text", [t for t in LONGER if "bit-flip" not in t])
+@every_dtype
+def test_a_chain_is_its_models_one_after_the_other_in_fp32(text: str, dtype: torch.dtype) -> None:
+    y, rows = normal_tensor(9, 140, seed=31).to(dtype), np.arange(9)
+    magnitude = magnitude_for(text, y)
+    m = None if magnitude is None else magnitude.numpy()
+    expected = y.float().numpy()
+    for place, model in enumerate(errors.chain(text)):
+        key = coordinates(KEY, CLOCK, model=place)[0]
+        one = magnitude if "absdot" in str(model) else None
+        alone = torch.from_numpy(expected.copy())
+        got = cpu.perturb(alone, str(model), key, torch.tensor(CLOCK), None, one, torch.float32, True)[0]
+        expected = reference.perturb(expected, [model], key, CLOCK, rows, m)[0]
+        assert same_bits(got, torch.from_numpy(expected))
+    assert same_bits(run(y, text)[0], torch.from_numpy(expected).to(dtype))
+
+
+def test_bits_flip_in_the_stored_pattern() -> None:
+    y = normal_tensor(50, 40, seed=32)
+    for bit in (0, 3, 22, 31):
+        out = run(y, f"bit-flip(rate=1, bit={bit})")[0]
+        mask = -(1 << 31) if bit == 31 else 1 << bit
+        assert torch.equal(out.view(torch.int32), y.view(torch.int32) ^ mask)
+    for bit in (0, 3, 15):
+        out = perturbed(cpu, y, f"bit-flip(rate=1, bit={bit})", dtype=torch.bfloat16)[0]
+        mask = -(1 << 15) if bit == 15 else 1 << bit
+        assert torch.equal(out.view(torch.int16), y.bfloat16().view(torch.int16) ^ mask)
+    for dtype, ints, width in ((torch.float32, torch.int32, 32), (torch.bfloat16, torch.int16, 16)):
+        ones = torch.ones(1000, 64, dtype=dtype)
+        out = run(ones, "bit-flip(rate=1)")[0]
+        flipped = (out.view(ints) ^ ones.view(ints)).long() & (1 << width) - 1
+        places = flipped.double().log2()
+        assert torch.equal(places, places.round())
+        assert scipy_stats.chisquare(places.long().flatten().bincount(minlength=width).numpy()).pvalue > 1e-3
+
+
+def test_the_deterministic_models_do_what_they_say() -> None:
+    y = torch.tensor([0.0, -0.0, 0.4, -0.4, 0.5, -2.0, 3.0])
+    assert same_bits(run(y, "dead-zone(threshold=0.5)")[0], torch.tensor([0, 0, 0, 0, 0.5, -2, 3]))
+    assert same_bits(run(y, "saturation(limit=2.5)")[0], torch.tensor([0, -0.0, 0.4, -0.4, 0.5, -2, 2.5]))
+    assert same_bits(run(y, "systematic-bias(gain=0.5, offset=1)")[0], y + (0.5 * y + 1))
+    assert same_bits(run(y, "stuck(rate=1, value=-0.0)")[0], torch.zeros(7))
+
+
+def test_a_relative_error_may_be_one_of_the_magnitude() -> None:
+    y, chain = normal_tensor(20, 40, seed=33), "relative-gaussian(sigma=0.05, reference=absdot)"
+    magnitude = magnitude_for(chain, y)
+    assert magnitude is not None
+    z = torch.from_numpy(reference.normal(np.arange(20), 40, *coordinates(KEY, CLOCK)))
+    assert same_bits(run(y, chain)[0], y + (torch.tensor(0.05) * z) * magnitude)
+
+
+def test_lanes_break_in_columns_that_repeat() -> None:
+    y, lanes = normal_tensor(30, 700, seed=34), 24
+    out = run(y, f"stuck(rate=0.25, value=77, lanes={lanes})")[0]
+    hit = (out == 77).all(0)
+    assert torch.equal(hit, (out == 77).any(0))
+    assert 0 < int(hit[:lanes].sum()) < lanes
+    assert torch.equal(hit[lanes:], hit[:-lanes])
+
+
+# ---- how often a model draws ---------------------------------------------------------------------------------------
+
+SAME = {  # whether another step, phase or run gives the same numbers
+    "per_phase": (False, False, True),
+    "per_step": (False, True, True),
+    "frozen": (True, True, True),
+    "per_run": (False, False, False),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("chain", [t for t in SIZED if draws(errors.parse(t)) and "draw" not in t])
+def test_what_a_draw_sees_of_the_clock(chain: str, draw: str) -> None:
+    y, text = normal_tensor(40, 60, seed=35), f"{chain[:-1]}, draw={draw})"
+    whole = perturbed(cpu, y, text, at=clock(5, "train", 3))[0]
+    others = clock(6, "train", 3), clock(5, "rollout", 3), clock(5, "train", 4)
+    assert tuple(same_bits(perturbed(cpu, y, text, at=at)[0], whole) for at in others) == SAME[draw]
+
+
+def test_without_a_repetition_all_draws_of_a_run_are_those_of_a_phase() -> None:
+    y = normal_tensor(40, 60, seed=35)
+    per_run, per_phase = (
+        perturbed(cpu, y, f"relative-gaussian(sigma=0.1, draw={draw})", at=clock(5, "train"))[0]
+        for draw in ("per_run", "per_phase")
+    )
+    assert same_bits(per_run, per_phase)
+
+
+def test_models_of_a_chain_share_no_numbers() -> None:
+    y = torch.zeros(1000, 1000)
+    z = [torch.from_numpy(reference.normal(np.arange(1000), 1000, *coordinates(KEY, CLOCK, model=m))) for m in (0, 1)]
+    twice = run(y, "absolute-gaussian(sigma=1) + absolute-gaussian(sigma=1)")[0]
+    assert same_bits(twice, z[0] + z[1])
+    assert abs(float(torch.corrcoef(torch.stack(z).flatten(1))[0, 1])) < 4 / 1000
+    spikes = "spike(rate=0.25, size=1)"
+    first, second = run(y, spikes)[0], run(run(y, spikes + " + " + spikes)[0], "saturation(limit=100)")[0]
+    kept = first != 0
+    assert float((second != first)[kept].double().mean()) == pytest.approx(0.25, abs=4e-3)  # the second hit
+
+
+# ---- what is reported ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain", [t for t in CHAINS if "rate=" in t and "lanes" not in t])
+def test_a_rate_is_realised(chain: str) -> None:
+    y = normal_tensor(500, 512, seed=36)
+    s, n = stats_of(y, chain), y.numel()
+    rates = [m.rate for m in errors.chain(chain) if hasattr(m, "rate")]
+    assert s["expected_hits"] == pytest.approx(sum(rates) * n)
+    spread = math.sqrt(sum(n * r * (1 - r) for r in rates))
+    assert abs(s["hits"] - s["expected_hits"]) <= 4 * spread
+    assert s["injected_n"] == s["injected2"] == s["requested2"] == 0
+
+
+def test_a_rare_hit_comes_as_often_as_it_should() -> None:
+    y = torch.zeros(1 << 12, 1 << 12)
+    hits = stats_of(y, f"stuck(rate={2.0**-20}, value=1)")["hits"]
+    low, high = scipy_stats.poisson.ppf([0.0005, 0.9995], 16)
+    assert low <= hits <= high
+    assert int((run(y, f"stuck(rate={2.0**-20}, value=1)")[0] == 1).sum()) == hits
+
+
+@pytest.mark.parametrize(
+    "chain", ["saturation(limit=1)", RELATIVE + " + saturation(limit=1)", RELATIVE + " + " + RELATIVE]
+)
+def test_a_chain_that_is_not_one_gaussian_has_no_sigma(chain: str) -> None:
+    s = stats_of(normal_tensor(50, 60, seed=37), chain)
+    assert s["injected_n"] == s["injected2"] == s["requested2"] == s["hits"] == s["expected_hits"] == 0
+    assert s["changed"] > 0
+
+
+@pytest.mark.parametrize("scale", [2.0**-140, 1e-30, 1e-22, 1.0, 1.8e19, 1e30, 3e37])
+def test_sums_of_squares_hold_values_of_any_size(scale: float) -> None:
+    y = torch.tensor([[3.0, -4.0]]) * scale
+    exact = y.double().square().sum()
+    s = stats_of(y, "systematic-bias(gain=-2)")
+    assert s["reference2"] == pytest.approx(float(exact), rel=1e-12)
+    assert s["error2"] == pytest.approx(4 * float(exact), rel=1e-12)
+    _, stats = cpu.cast(y, "int8(rounding=toward-zero)" if scale < 1e-3 else "bf16", -1, KEY, STEP, None, True)
+    assert stats[STATS.index("reference2")] == pytest.approx(float(exact), rel=1e-12)
+    if scale < 1e-3:
+        assert stats[STATS.index("error2")] == pytest.approx(float(exact), rel=1e-12)
+    s = stats_of(torch.full((1, 4096), scale), f"absolute-gaussian(sigma={scale})")
+    assert s["injected2"] / s["requested2"] == pytest.approx(1, abs=0.1)
 
 
 @every_dtype
 def test_noise_does_not_depend_on_how_the_tensor_is_split(dtype: torch.dtype, threads: int) -> None:
     y = normal_tensor(600, 301, seed=12).to(dtype)
     rows = torch.from_numpy(np.random.default_rng(13).permutation(600))
-    whole, whole_stats = run(y, MODELS[0], rows=rows)
-    parts = [run(y[i : i + 77], MODELS[0], rows=rows[i : i + 77])[0] for i in range(0, 600, 77)]
+    whole, whole_stats = run(y, rows=rows)
+    parts = [run(y[i : i + 77], rows=rows[i : i + 77])[0] for i in range(0, 600, 77)]
     assert same_bits(torch.cat(parts), whole)
     order = torch.from_numpy(np.random.default_rng(14).permutation(600))
-    assert same_bits(run(y[order], MODELS[0], rows=rows[order])[0], whole[order])
-    assert same_bits(run(y[:, :130], MODELS[0], rows=rows)[0], whole[:, :130])
-    assert same_bits(run(y.t().contiguous().t(), MODELS[0], rows=rows)[0], whole)
-    assert same_bits(run(y.view(20, 30, 301), MODELS[0], rows=rows)[0].view(600, 301), whole)
+    assert same_bits(run(y[order], rows=rows[order])[0], whole[order])
+    assert same_bits(run(y[:, :130], rows=rows)[0], whole[:, :130])
+    assert same_bits(run(y.t().contiguous().t(), rows=rows)[0], whole)
+    assert same_bits(run(y.view(20, 30, 301), rows=rows)[0].view(600, 301), whole)
     torch.set_num_threads(3 - threads)
-    again, again_stats = run(y, MODELS[0], rows=rows)
+    again, again_stats = run(y, rows=rows)
     assert same_bits(again, whole)
     assert torch.equal(again_stats, whole_stats)
 
@@ -429,40 +631,86 @@ def test_noise_does_not_depend_on_how_the_tensor_is_split(dtype: torch.dtype, th
 def test_noise_does_not_touch_the_global_generator() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, _ = run(torch.ones(4, 4), MODELS[0])
+    first, _ = run(torch.ones(4, 4))
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert same_bits(run(torch.ones(4, 4), MODELS[0])[0], first)
+    assert same_bits(run(torch.ones(4, 4))[0], first)
 
 
-def test_an_error_reports_the_sigma_that_it_realised() -> None:
+@pytest.mark.parametrize("chain", [t for t in SIZED if "sigma" in t])
+def test_an_error_reports_the_sigma_that_it_realised(chain: str) -> None:
     y = normal_tensor(512, 1024, seed=15)
-    for model in MODELS[:2]:
-        _, stats = run(y, model)
-        s = dict(zip(STATS, stats.tolist(), strict=True))
-        n = s["injected_n"]
-        assert n == y.numel()
-        low, high = scipy_stats.chi2.ppf([0.0005, 0.9995], n)
-        assert low < s["injected2"] / model.sigma**2 < high  # type: ignore[attr-defined]
-        assert s["changed"] / n > 0.99
+    s, n = stats_of(y, chain), y.numel()
+    sigma = errors.parse(chain).sigma  # type: ignore[attr-defined]
+    assert s["injected_n"] == n
+    assert s["requested2"] == pytest.approx(sigma**2 * n)
+    low, high = scipy_stats.chi2.ppf([0.0005, 0.9995], n)
+    assert low < s["injected2"] / sigma**2 < high
+    assert s["changed"] / n > 0.99
 
 
-@pytest.mark.parametrize("backend", [cpu, slow], ids=["cpu", "reference"])
-def test_rows_of_another_number_or_type_are_refused(backend: object) -> None:
-    y, step = torch.ones(4, 3), torch.tensor(0)
-    for rows in (torch.arange(1), torch.arange(5), torch.arange(4, dtype=torch.int32)):
-        with pytest.raises(ConfigError, match="expected 4 int64 rows"):
-            backend.perturb(y, str(MODELS[0]), KEY, step, rows, None, False)  # type: ignore[attr-defined]
+both = pytest.mark.parametrize("backend", [cpu, slow], ids=["cpu", "reference"])
 
 
-@pytest.mark.parametrize("backend", [cpu, slow], ids=["cpu", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
-def test_other_dtypes_are_refused(backend: object, dtype: torch.dtype) -> None:
+@both
+def test_rows_of_another_number_or_type_are_refused(backend: Any) -> None:
+    y = torch.ones(4, 3)
+    for rows in (
+        torch.arange(1),
+        torch.arange(5),
+        torch.arange(4, dtype=torch.int32),
+        torch.zeros(2, 2, dtype=torch.int64),
+        torch.zeros(4, 3, dtype=torch.int64),
+    ):
+        with pytest.raises(ConfigError, match=r"expected 4 int64 rows, as \[4\] or with .* as \[4, 2\], got"):
+            perturbed(backend, y, RELATIVE, rows)
+    for first in (-1, 1 << 33):
+        rows = torch.tensor([[0, 0], [1, first], [2, 0], [3, 0]])
+        with pytest.raises(ConfigError, match=r"expected first columns in 0\.\.2\^33-1, got"):
+            perturbed(backend, y, RELATIVE, rows)
+        with pytest.raises(ConfigError, match=r"cast: expected first columns"):
+            backend.cast(y, "bf16(rounding=stochastic)", -1, KEY, STEP, rows, False)
+
+
+@both
+def test_a_magnitude_that_does_not_fit_is_refused(backend: Any) -> None:
+    y, at, absdot = torch.ones(4, 3), torch.tensor(0), "relative-gaussian(sigma=0.1, reference=absdot)"
+    for error, magnitude, message in (
+        (absdot, None, r"is relative to \|A\| @ \|B\|: pass it as magnitude"),
+        (absdot, torch.ones(3, 4), r"expected a float32 magnitude of shape \[4, 3\], got torch.float32 \[3, 4\]"),
+        (absdot, torch.ones(4, 3).bfloat16(), "expected a float32 magnitude"),
+        (RELATIVE, torch.ones(4, 3), "no model of .* uses a magnitude; do not pass one"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            backend.perturb(y, error, KEY, at, None, magnitude, None, False)
+
+
+@both
+def test_flips_that_perturb_cannot_do_are_refused(backend: Any) -> None:
+    y = torch.ones(4, 3)
+    for target in ("codes", "scales"):
+        with pytest.raises(ConfigError, match=f"acts on the {target} of a cast; perturb has none: use target=value"):
+            perturbed(backend, y, f"bit-flip(rate=0.1, target={target})")
+    with pytest.raises(ConfigError, match=r"on a bfloat16 result: expected bit in -1\.\.15"):
+        perturbed(backend, y, "bit-flip(rate=0.1, bit=16)", dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="must be the last of its chain"):
+        perturbed(backend, y, "bit-flip(rate=0.1) + saturation(limit=1)")
+
+
+def test_a_model_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(cpu._KINDS, errors.BitFlip)
+    with pytest.raises(BackendError, match=r"no kernel for bit-flip\(rate=0.1\); it has: relative-gaussian"):
+        run(torch.ones(4), "bit-flip(rate=0.1)")
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_other_dtypes_are_refused(backend: Any, dtype: torch.dtype) -> None:
     x = torch.ones(4, 4, dtype=dtype)
-    with pytest.raises(ConfigError, match="float32 or bfloat16"):
-        backend.cast(x, "mxfp4", -1, KEY, STEP, None, False)  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="float32 or bfloat16"):
-        backend.perturb(x, str(MODELS[0]), KEY, torch.tensor(0), None, None, False)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="float32, bfloat16 or float16"):
+        backend.cast(x, "mxfp4", -1, KEY, STEP, None, False)
+    with pytest.raises(ConfigError, match="float32, bfloat16 or float16"):
+        perturbed(backend, x, RELATIVE)
 
 
 # ---- every instruction set -----------------------------------------------------------------------------------------
@@ -479,8 +727,9 @@ def digest() -> str:
                 out, stats = cpu.cast(t, name, axis, KEY, STEP, None, True)
                 counts = torch.stack([stats[STATS.index(k)] for k in COUNTS])
                 h.update(bits(out.float().numpy()).tobytes() + counts.numpy().tobytes())
-        for model in MODELS:
-            h.update(bits(run(t, model)[0].float().numpy()).tobytes())
+        rows = some_rows(t.shape[0], pairs=True)
+        for chain in CHAINS:
+            h.update(bits(run(t, chain, rows)[0].float().numpy()).tobytes())
     return h.hexdigest()
 
 

@@ -126,7 +126,7 @@ def test_a_bias_is_added_after_the_error_or_before_it(dtype: torch.dtype, bias: 
     y, _ = torch.ops.aqnsim.linear(x, w, b, spec.text, True, KEYS, CLOCK, None, None)
 
     def missed(t: Tensor) -> Tensor:
-        return torch.ops.aqnsim.perturb(t, FIVE, KEYS[2], CLOCK, None, None, False)[0]  # type: ignore[no-any-return]
+        return torch.ops.aqnsim.perturb(t, FIVE, KEYS[2], CLOCK, None, None, None, False)[0]  # type: ignore[no-any-return]
 
     clean = x.float() @ w.float().t()
     expected = missed(clean) + b.float() if bias == "exact" else missed(clean + b.float())

@@ -24,6 +24,7 @@ NAMED = [*formats.ALL, *(str(get(name)) for name in PARAMETRIC)]
 BLOCKS = [t for t in all_texts() if isinstance(get(t), BlockFormat)]
 SCALED = [t for t in BLOCKS if get(t).block != "tensor"]  # type: ignore[union-attr]
 KEY = NoiseKey(seed=3, site="memory", step=2)
+WORD = KEY.clock & 0xFFFFFFFF
 
 
 def with_targets(texts: list[str]) -> list[tuple[str, str]]:
@@ -53,7 +54,7 @@ def cast(x: Tensor, text: str, axis: int = -1, rows: Tensor | None = None) -> Te
 def faulty(
     x: Tensor, text: str, axis: int = -1, target: str = "codes", rate: float = 1.0, bit: int | None = None, **more: Any
 ) -> tuple[Tensor, int, float]:
-    return faulty_cast(x, text, axis, target=target, rate=rate, bit=bit, key=KEY.value, step=KEY.step, **more)
+    return faulty_cast(x, text, axis, target=target, rate=rate, bit=bit, key=KEY.value, step=WORD, **more)
 
 
 def packed(x: Tensor, text: str, axis: int = -1) -> aqnsim.Quantized:
@@ -150,7 +151,7 @@ def test_faults_have_the_bits_of_the_reference(text: str, target: str) -> None:
                     rate=rate,
                     bit=bit,
                     key=KEY.value,
-                    step=KEY.step,
+                    step=WORD,
                     rows=None if given is None else given.numpy(),
                 )
                 assert same_bits(y, torch.from_numpy(np.array(expected, np.float32))), (shape, axis, rate)
@@ -162,7 +163,7 @@ def test_bad_values_have_the_bits_of_the_reference(text: str, target: str) -> No
     x = random_bits(12 * 64, seed=5).reshape(12, 64).copy()
     x[1] = 0
     y, _, _ = faulty(torch.from_numpy(x), text, target=target, rate=0.5)
-    expected, _ = faults.faulty_cast(x, get(text), -1, target=target, rate=0.5, bit=None, key=KEY.value, step=KEY.step)
+    expected, _ = faults.faulty_cast(x, get(text), -1, target=target, rate=0.5, bit=None, key=KEY.value, step=WORD)
     assert same_bits(y, torch.from_numpy(expected))
 
 
@@ -248,7 +249,7 @@ def test_a_fault_is_a_function_of_key_step_and_place() -> None:
     one = faulty(x, "mxfp4", rate=0.2)[0]
     assert same_bits(one, faulty(x, "mxfp4", rate=0.2)[0])
     common = {"target": "codes", "rate": 0.2, "bit": None}
-    for key, step in ((KEY.value + 1, KEY.step), (KEY.value, KEY.step + 1)):
+    for key, step in ((KEY.value + 1, WORD), (KEY.value, WORD + 1)):
         assert not same_bits(one, faulty_cast(x, "mxfp4", -1, key=key, step=step, **common)[0])  # type: ignore[arg-type]
     assert not same_bits(one, faulty(x, "mxfp4", rate=0.2, rows=torch.arange(8) + 1)[0])
 
@@ -312,7 +313,7 @@ def test_scales_that_are_no_block_s_are_refused(text: str) -> None:
         ("mxfp4", {"bit": 4}, r".. 3 or None"),
         ("mxfp4", {"bit": 8, "target": "scales"}, r".. 7 or None"),
         ("fp8_e4m3", {"bit": 1.0}, "got 1.0"),
-        ("fp8_e4m3", {"rows": torch.arange(3)}, "expected 2 int64 rows, got 3"),
+        ("fp8_e4m3", {"rows": torch.arange(3)}, "expected 2 int64 rows, as"),
     ],
 )
 def test_what_does_not_fit_is_refused(text: str, arguments: dict[str, Any], message: str) -> None:
@@ -323,7 +324,7 @@ def test_what_does_not_fit_is_refused(text: str, arguments: dict[str, Any], mess
 def test_other_refusals() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'codes'"):
         faulty(torch.ones(2), "bf16", target="code")
-    with pytest.raises(ConfigError, match="expected a float32 or bfloat16 tensor"):
+    with pytest.raises(ConfigError, match="expected a float32, bfloat16 or float16 tensor"):
         faulty(torch.ones(2).double(), "bf16")
-    with pytest.raises(ConfigError, match="step must be an integer"):
+    with pytest.raises(ConfigError, match=r"step must be in 0\.\.2\^32-1"):
         faulty_cast(torch.ones(2), "bf16", -1, target="codes", rate=1.0, bit=0, key=0, step=-1)

@@ -79,8 +79,10 @@ def test_opcheck_quantize(fmt: str, axis: int) -> None:
 @pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16])
 def test_opcheck_perturb(dtype: torch.dtype, grad: bool, out: torch.dtype | None) -> None:
     y = tensor(5, 30, dtype=dtype, grad=grad)
-    for rows in (None, torch.arange(5) * 7):
-        torch.library.opcheck(OPS.perturb.default, (y, ERROR, KEYS[0], STEP, rows, out, True))
+    chain = f"relative-gaussian(sigma=0.1, reference=absdot) + {ERROR} + stuck(rate=0.1, value=0.0)"
+    for rows in (None, torch.arange(5) * 7, torch.stack([torch.arange(5), torch.arange(5) * 3], 1)):
+        torch.library.opcheck(OPS.perturb.default, (y, ERROR, KEYS[0], STEP, rows, None, out, True))
+        torch.library.opcheck(OPS.perturb.default, (y, chain, KEYS[0], STEP, rows, tensor(5, 30).abs(), out, True))
 
 
 @DTYPES
@@ -111,7 +113,7 @@ def test_opcheck_linear_backward(need: tuple[bool, bool]) -> None:
 
 
 def test_opcheck_record() -> None:
-    torch.library.opcheck(OPS.record.default, (torch.zeros(3, 10), torch.ones(3, 10)))
+    torch.library.opcheck(OPS.record.default, (torch.zeros(3, len(STATS)), torch.ones(3, len(STATS))))
 
 
 # ---- straight-through gradients ------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_cast_and_perturb_pass_gradients_straight_through(name: str, dtype: torc
 
 def test_perturb_to_another_dtype_returns_a_gradient_of_the_input_s() -> None:
     y = tensor(3, 8, grad=True)
-    OPS.perturb(y, ERROR, 0, STEP, None, torch.bfloat16, False)[0].sum().backward()
+    OPS.perturb(y, ERROR, 0, STEP, None, None, torch.bfloat16, False)[0].sum().backward()
     assert y.grad is not None
     assert y.grad.dtype == torch.float32
 
@@ -268,7 +270,7 @@ def test_linear_is_cast_gemm_perturb_bias_round(dtype: torch.dtype, with_bias: b
     y.backward(g)
 
     def missed(product: Tensor, error: str | None, key: int, r: Tensor | None) -> Tensor:
-        return OPS.perturb(product, error, key, STEP, r, None, False)[0]
+        return OPS.perturb(product, error, key, STEP, r, None, None, False)[0]
 
     xq, wq = cast_as(x, "mxfp4").float().view(10, 70), cast_as(w, "nvfp4").float()
     product = missed(xq @ wq.t(), NOISY.forward.error, KEYS[OUTPUT], rows)
@@ -324,7 +326,7 @@ def test_an_error_far_below_half_an_ulp_still_changes_bf16_results(with_bias: bo
 
 def test_the_same_error_on_a_rounded_bf16_result_changes_nothing() -> None:
     y = tensor(64, 256, dtype=torch.bfloat16)
-    out, stats = OPS.perturb(y, str(RelativeGaussian(1e-4)), KEYS[0], STEP, None, None, True)
+    out, stats = OPS.perturb(y, str(RelativeGaussian(1e-4)), KEYS[0], STEP, None, None, None, True)
     assert same_bits(out, y)
     assert stat(stats, "changed") == 0
     assert stat(stats, "error2") == 0
@@ -333,7 +335,7 @@ def test_the_same_error_on_a_rounded_bf16_result_changes_nothing() -> None:
 @pytest.mark.parametrize(("sigma", "low", "high"), [(1e-3, 0.005, 0.03), (5e-3, 0.5, 0.65), (5e-2, 0.93, 1.0)])
 def test_how_much_noise_survives_on_a_rounded_bf16_result(sigma: float, low: float, high: float) -> None:
     y = tensor(512, 512, dtype=torch.bfloat16)
-    _, stats = OPS.perturb(y, str(RelativeGaussian(sigma)), KEYS[0], STEP, None, None, True)
+    _, stats = OPS.perturb(y, str(RelativeGaussian(sigma)), KEYS[0], STEP, None, None, None, True)
     assert low < stat(stats, "changed") / stat(stats, "count") < high
 
 

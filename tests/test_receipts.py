@@ -72,6 +72,31 @@ def test_merging_weighs_by_elements_and_keeps_the_worst_sqnr() -> None:
     assert merge([a]) == a
 
 
+def test_hits_become_rates() -> None:
+    r = receipt(hits=3, expected_hits=2.5)
+    assert (r.requested_rate, r.realised_rate) == (0.025, 0.03)
+    assert receipt(hits=0, expected_hits=2.5).realised_rate == 0
+    assert (receipt().requested_rate, receipt().realised_rate) == (None, None)
+
+
+def test_merged_rates_are_weighted_by_elements() -> None:
+    m = merge(
+        [receipt(hits=3, expected_hits=2, count=100), receipt("b", hits=9, expected_hits=12, count=300), receipt()]
+    )
+    assert m.requested_rate == pytest.approx(14 / 400)
+    assert m.realised_rate == pytest.approx(12 / 400)
+
+
+def test_the_table_shows_rates_where_there_are_any() -> None:
+    rated = receipt(requested="stuck(rate=0.025, value=0.0)", hits=3, expected_hits=2.5)
+    header, _, line, other = table([rated, receipt()]).splitlines()
+    assert line[header.index("rate asked") :].startswith("0.025 ")
+    assert line[header.index("rate realised") :].startswith("0.03 ")
+    assert other[header.index("rate asked") :].startswith("-")
+    assert "rate asked" not in table([receipt()])
+    assert table([]).startswith("phase")
+
+
 def test_the_table_has_a_line_for_each_request() -> None:
     text = table([receipt("a.q_proj"), receipt("b.q_proj"), receipt("a.q_proj", stream="input", requested="nvfp4")])
     lines = text.splitlines()

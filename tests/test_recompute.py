@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mixed import MIXED, assert_all_same, gpt2, gradients, step
-from models import llama, tokens
+from models import llama, tokens, with_lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,16 +17,30 @@ import aqnsim
 from aqnsim import ConfigError, Receipt
 from aqnsim.emulation import Emulation
 
-MODELS = pytest.mark.parametrize("make", [llama, gpt2])
+
+def adapted() -> nn.Module:
+    return with_lora(llama(frozen=True))
+
+
+def dropping() -> nn.Module:
+    """A model that drops values at random, which the global generator replays."""
+    model = gpt2()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    return model
+
+
+MODELS = pytest.mark.parametrize("make", [llama, gpt2, adapted, dropping])
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 
 
 def trained(make: Callable[[], nn.Module], reentrant: bool | None) -> nn.Module:
     """A model in training mode, recomputing its layers unless ``reentrant`` is None."""
     model = make().train()
+    model.enable_input_require_grads()  # the reentrant kind gives no gradients without
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()  # the reentrant kind gives no gradients without
     return model
 
 
@@ -34,6 +48,7 @@ def run(
     make: Callable[[], nn.Module], reentrant: bool | None, body: Callable[[nn.Module, Emulation], list[Tensor]]
 ) -> tuple[list[Tensor], list[Receipt]]:
     model = trained(make, reentrant)
+    torch.manual_seed(0)
     with aqnsim.emulate(model, MIXED, seed=3) as emu:
         emu.begin_step(2, 9)
         return body(model, emu), emu.receipts()

@@ -100,5 +100,5 @@ def test_bfloat16_is_computed_in_fp32_and_rounded_once() -> None:
 def test_what_does_not_fit_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         aqnsim.hadamard(torch.ones(2, 32), **arguments)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="expected a float32 or bfloat16 tensor"):
+    with pytest.raises(ConfigError, match="expected a float32, bfloat16 or float16 tensor"):
         aqnsim.hadamard(torch.ones(16, dtype=torch.float64))

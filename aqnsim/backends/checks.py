@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from aqnsim._errors import ConfigError
+from aqnsim.errors import BitFlip, ErrorModel, RelativeGaussian, chain, rate_of, sigma_of
 from aqnsim.formats import AnyFormat, random_bits
+from aqnsim.receipts import STATS
+from aqnsim.rng import COLUMN_BITS
 
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_dtype(x: Tensor) -> torch.dtype:
     """The tensor's dtype.
 
     Raises:
-        ConfigError: neither float32 nor bfloat16.
+        ConfigError: none of float32, bfloat16 and float16.
     """
     if x.dtype not in DTYPES:
-        raise ConfigError(f"expected a float32 or bfloat16 tensor, got {x.dtype}: convert it first")
+        raise ConfigError(f"expected a float32, bfloat16 or float16 tensor, got {x.dtype}: convert it first")
     return x.dtype
 
 
@@ -47,25 +51,76 @@ def shape_in_rows(x: Tensor) -> tuple[int, int]:
 
 
 def check_rows(what: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
-    """The logical rows, flat and contiguous.
+    """The logical rows, contiguous: ``[n]``, or ``[n, 2]`` of (logical row, first column).
 
     Raises:
-        ConfigError: not one int64 for each row of ``x``.
+        ConfigError: not one int64 or pair for each row of ``x``, or a first column out of range.
     """
+    if rows is None:
+        return None
     count, _ = shape_in_rows(x)
-    if rows is not None and (rows.numel() != count or rows.dtype != torch.int64):
-        raise ConfigError(f"{what}: expected {count} int64 rows, got {rows.numel()} of {rows.dtype}")
-    return None if rows is None else rows.reshape(-1).contiguous()
+    if rows.dtype != torch.int64 or tuple(rows.shape) not in ((count,), (count, 2)):
+        raise ConfigError(
+            f"{what}: expected {count} int64 rows, as [{count}] or with their first columns as [{count}, 2], "
+            f"got {rows.dtype} {list(rows.shape)}"
+        )
+    if rows.dim() == 2 and count:
+        least, most = (int(v) for v in rows[:, 1].aminmax())
+        if least < 0 or most >> COLUMN_BITS:
+            raise ConfigError(f"{what}: expected first columns in 0..2^{COLUMN_BITS}-1, got {least}..{most}")
+    return rows.contiguous()
+
+
+def check_chain(
+    error: str, y: Tensor, magnitude: Tensor | None, dtype: torch.dtype
+) -> tuple[tuple[ErrorModel, ...], Tensor | None]:
+    """The models of a chain that ``perturb`` can apply to ``y``, and the magnitude, contiguous.
+
+    Args:
+        error: a text of :func:`aqnsim.errors.chain`.
+        magnitude: ``|A| @ |B|``, which ``reference=absdot`` asks for.
+        dtype: of the result, whose pattern a bit flip changes.
+
+    Raises:
+        ConfigError: no chain, a flip of codes or scales, a bit that the dtype lacks, or a magnitude that is missing,
+            not used or of another shape or dtype.
+    """
+    models = chain(error)
+    for m in models:
+        if isinstance(m, BitFlip) and m.target != "value":
+            raise ConfigError(f"perturb: {m} acts on the {m.target} of a cast; perturb has none: use target=value")
+        if isinstance(m, BitFlip) and dtype == torch.bfloat16 and m.bit > 15:
+            raise ConfigError(f"perturb: {m} on a bfloat16 result: expected bit in -1..15")
+    if not any(isinstance(m, RelativeGaussian) and m.reference == "absdot" for m in models):
+        if magnitude is not None:
+            raise ConfigError(f"perturb: no model of {error!r} uses a magnitude; do not pass one")
+        return models, None
+    if magnitude is None:
+        raise ConfigError(f"perturb: {error!r} is relative to |A| @ |B|: pass it as magnitude")
+    if magnitude.dtype != torch.float32 or magnitude.shape != y.shape:
+        raise ConfigError(
+            f"perturb: expected a float32 magnitude of shape {list(y.shape)}, "
+            f"got {magnitude.dtype} {list(magnitude.shape)}"
+        )
+    return models, magnitude.contiguous()
+
+
+def perturb_stats(values: Sequence[float], models: Sequence[ErrorModel]) -> Tensor:
+    """``STATS`` of a perturbation: what was measured, from ``count`` to ``hits``, and what the chain asked for."""
+    measured = dict(zip(STATS[1:], values, strict=False))
+    sigma = sigma_of(models) or 0.0
+    asked = [sigma * sigma * measured["injected_n"], rate_of(models) * measured["count"]]
+    return torch.tensor([1.0, *values, *asked], dtype=torch.float64)
 
 
 def check_step(fmt: AnyFormat, step: Tensor | None) -> int | None:
-    """The step of a stochastic rounding's random bits; None for a rounding that draws nothing.
+    """The clock of a stochastic rounding's random bits; None for a rounding that draws nothing.
 
     Raises:
-        ConfigError: the rounding is stochastic and no step is given.
+        ConfigError: the rounding is stochastic and no clock is given.
     """
     if not random_bits(fmt):
         return None
     if step is None:
         raise ConfigError(f"cast: the rounding of {fmt} draws random bits: pass a key")
-    return int(step) & 0xFFFFFFFF
+    return int(step)

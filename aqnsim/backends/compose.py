@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from aqnsim._errors import ConfigError
-from aqnsim.formats import get, random_bits
-from aqnsim.profiles.spec import OpSpec
+from aqnsim.errors import chain
+from aqnsim.faults import faulty_cast
+from aqnsim.profiles.spec import OpSpec, operand, operand_draws
 from aqnsim.receipts import STATS
+from aqnsim.rng import coordinates
 from aqnsim.rotation import hadamard
 
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, odd, as a signed integer
@@ -44,6 +46,26 @@ def _check_rows(rows: Tensor | None, x: Tensor) -> None:
             f"{rows.shape[0]} logical rows are set but the op has {count}; it runs on other "
             "tokens than the model's input: exclude it in the profile or set its rows"
         )
+
+
+def _stored(
+    cast: Cast, x: Tensor, text: str, axis: int, key: int, clock: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A tensor after its cast to an operand's format, and after the fault in what is stored, if there is one."""
+    fmt, fault = operand(text)
+    rows = rows if operand_draws(text) else None
+    _check_rows(rows, x)
+    y, stats = cast(x, fmt, axis, key, clock, rows, True)
+    if fault is None:
+        return y, stats
+    drawn, word = coordinates(key, int(clock), fault.draw, part=1)
+    bit = None if fault.bit < 0 else fault.bit
+    y, hits, expected = faulty_cast(
+        x, fmt, axis, target=fault.target, rate=fault.rate, bit=bit, key=drawn, step=word, rows=rows
+    )
+    _as_stored(stats, x, y)
+    stats[STATS.index("hits")], stats[STATS.index("expected_hits")] = hits, expected
+    return y, stats
 
 
 @dataclass(frozen=True)
@@ -108,9 +130,7 @@ class _Direction:
             rows = rows if x.shape[:-1] == operand.value.shape[:-1] else None  # padding has no logical rows
         if fmt is None:
             return x
-        rows = rows if random_bits(get(fmt)) else None
-        _check_rows(rows, x)
-        x, stats[stream] = self.cast(x, fmt, axis, self.keys[stream], self.clock, rows, True)
+        x, stats[stream] = _stored(self.cast, x, fmt, axis, self.keys[stream], self.clock, rows)
         return x
 
     def _signs(self, size: int, x: Tensor) -> Tensor:
@@ -128,27 +148,37 @@ class _Direction:
             y = first.float() @ other.float()
         else:
             y = self.gemm(first, other, self.part.accumulator)
-        missed_bias = bias is not None and self.part.bias == "missed"
-        if missed_bias:
-            y, bias = y + bias.float(), None  # type: ignore[union-attr]
-        return self.finish(y, rows, dtype, stats, bias)
+            stats[_ERROR, STATS.index("calls")] = 1  # an error would count its own
+        if bias is not None and self.part.bias == "missed":
+            y, bias = y + bias.float(), None
+        magnitude = None
+        if error is not None and any(getattr(model, "reference", "") == "absdot" for model in chain(error)):
+            magnitude = first.float().abs() @ other.float().abs()
+        return self._finish(y, magnitude, rows, dtype, stats, bias)
 
-    def finish(self, y: Tensor, rows: Tensor | None, dtype: torch.dtype, stats: Tensor, bias: Tensor | None) -> Tensor:
+    def _finish(
+        self,
+        y: Tensor,
+        magnitude: Tensor | None,
+        rows: Tensor | None,
+        dtype: torch.dtype,
+        stats: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
         """An fp32 result after its error, its bias and its cast, in ``dtype``."""
         error, output, clean = self.part.error, self.part.output, y
         if error is not None:
             _check_rows(rows, y)
             last = bias is None and output is None
             y, stats[_ERROR] = self.perturb(
-                y, error, self.keys[_ERROR], self.clock, rows, dtype if last else None, True
+                y, error, self.keys[_ERROR], self.clock, rows, magnitude, dtype if last else None, True
             )
         if bias is not None:
             y = y + bias.float()
             if error is not None and output is None:
                 _as_stored(stats[_ERROR], (clean + bias.float()).to(dtype), y.to(dtype))
         if output is not None:
-            rows = rows if random_bits(get(output)) else None
-            y, stats[_CAST] = self.cast(y, output, -1, self.keys[_CAST], self.clock, rows, True)
+            y, stats[_CAST] = _stored(self.cast, y, output, -1, self.keys[_CAST], self.clock, rows)
         return y.to(dtype)
 
 
@@ -281,10 +311,9 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
             if i == 1:
                 _check_rows(rows, x)
                 stored = None if output else dtype
-                x, stats[1] = perturb(x, text, keys[1], clock, rows, stored, True)
+                x, stats[1] = perturb(x, text, keys[1], clock, rows, None, stored, True)
             else:
-                own = rows if random_bits(get(text)) else None
-                x, stats[i] = cast(x, text, -1, keys[i], clock, own, True)
+                x, stats[i] = _stored(cast, x, text, -1, keys[i], clock, rows)
         x = x.to(dtype)
         return (x.clone() if x is given else x), stats  # an op's result is a tensor of its own
 

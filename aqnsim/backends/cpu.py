@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,9 +13,28 @@ from torch import Tensor
 from aqnsim import _core, accumulator
 from aqnsim._errors import BackendError
 from aqnsim.backends import Backend, register
-from aqnsim.backends.checks import check_dtype, check_gemm, check_rows, check_step, shape_in_rows
+from aqnsim.backends.checks import (
+    check_chain,
+    check_dtype,
+    check_gemm,
+    check_rows,
+    check_step,
+    perturb_stats,
+    shape_in_rows,
+)
 from aqnsim.backends.compose import compositions
-from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian, parse
+from aqnsim.backends.half import casts_half, perturbs_half
+from aqnsim.errors import (
+    AbsoluteGaussian,
+    BitFlip,
+    DeadZone,
+    ErrorModel,
+    RelativeGaussian,
+    Saturation,
+    Spike,
+    Stuck,
+    SystematicBias,
+)
 from aqnsim.formats import (
     ROUNDINGS,
     AnyFormat,
@@ -26,6 +46,7 @@ from aqnsim.formats import (
     scale_shape,
 )
 from aqnsim.receipts import STATS
+from aqnsim.rng import coordinates
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _OVERFLOWS = {"saturate": 0, "inf": 1, "nan": 2}
@@ -44,8 +65,16 @@ _SCALES = {  # the enum Scale of csrc/core/block.h, by scale format and rule
     ("fp32", "te-pow2"): 12,
     ("hif4", "hif4"): 13,
 }
-_KINDS: dict[type[ErrorModel], int] = {RelativeGaussian: 0, AbsoluteGaussian: 1}
-_INJECTED = STATS.index("injected_n") - 1
+_KINDS: dict[type[ErrorModel], tuple[str, ...]] = {  # in the order of ErrorKind of csrc/core/error.h: a and b
+    RelativeGaussian: ("sigma",),
+    AbsoluteGaussian: ("sigma",),
+    SystematicBias: ("gain", "offset"),
+    DeadZone: ("threshold",),
+    Saturation: ("limit",),
+    Spike: ("size",),
+    Stuck: ("value",),
+    BitFlip: (),
+}
 _PARALLEL_FROM = 1 << 15  # elements: below, waking threads costs more than they save
 
 
@@ -53,11 +82,9 @@ def _threads(t: Tensor) -> int:
     return torch.get_num_threads() if t.numel() >= _PARALLEL_FROM else 1
 
 
-def _stats(values: list[float], measure: bool, sigma: float = 0.0) -> Tensor:
+def _stats(values: list[float], measure: bool, models: Sequence[ErrorModel] = ()) -> Tensor:
     """What a kernel measured, in the order of ``receipts.STATS``."""
-    if not measure:
-        return torch.zeros(len(STATS), dtype=torch.float64)
-    return torch.tensor([1.0, *values, sigma * sigma * values[_INJECTED]], dtype=torch.float64)
+    return perturb_stats(values, models) if measure else torch.zeros(len(STATS), dtype=torch.float64)
 
 
 def _element(e: Format) -> object:
@@ -140,14 +167,18 @@ def _view(fmt: AnyFormat, shape: tuple[int, ...], axis: int) -> tuple[tuple[int,
     return (math.prod(before[:-1]), before[-1] if before else 1, n), True
 
 
+def _row_ids(rows: Tensor | None) -> tuple[int, bool]:
+    """The logical rows as kernels take them: an address, 0 for none, and whether they have first columns."""
+    return (0, False) if rows is None else (rows.data_ptr(), rows.dim() == 2)
+
+
 def _random_words(x: Tensor, fmt: str, key: int, step: Tensor | None, rows: Tensor | None) -> Tensor | None:
     at = check_step(get(fmt), step)
     if at is None:
         return None
     rows = check_rows("cast", x, rows)
     words = torch.empty(x.shape, dtype=torch.int32)
-    address = 0 if rows is None else rows.data_ptr()
-    _core.random_words(words.data_ptr(), address, *shape_in_rows(x), key & 0xFFFFFFFFFFFFFFFF, at, _threads(x))
+    _core.random_words(words.data_ptr(), *_row_ids(rows), *shape_in_rows(x), *coordinates(key, at), _threads(x))
     return words
 
 
@@ -175,6 +206,7 @@ def _run_cast(
     return stats, amax
 
 
+@casts_half
 def cast(
     x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None, measure: bool
 ) -> tuple[Tensor, Tensor]:
@@ -201,38 +233,58 @@ def quantize(
     return out, scales, torch.tensor(_core.tensor_scale(_plan(fmt).scaling, amax))
 
 
+def _error_model(model: ErrorModel, place: int, key: int, clock: int, bf16: bool) -> object:
+    """A model of a chain as the kernel takes it."""
+    if type(model) not in _KINDS:
+        raise BackendError(f"backend 'cpu' has no kernel for {model}; it has: {', '.join(k.kind for k in _KINDS)}")
+    a, b, *_ = *(getattr(model, name) for name in _KINDS[type(model)]), 0.0, 0.0
+    draw = getattr(model, "draw", "frozen")
+    drawn, word = coordinates(key, clock, draw, place)
+    hit_key, _ = coordinates(key, clock, draw, place, part=1)
+    return _core.ErrorModel(
+        kind=list(_KINDS).index(type(model)),
+        key=drawn,
+        hit_key=hit_key,
+        word=word,
+        last_hit=getattr(model, "last_hit", 0),
+        a=a,
+        b=b,
+        by_magnitude=getattr(model, "reference", "output") == "absdot",
+        lanes=getattr(model, "lanes", 0),
+        bit=getattr(model, "bit", -1),
+        low_bit=16 if bf16 else 0,
+    )
+
+
+@perturbs_half
 def perturb(
     y: Tensor,
     error: str,
     key: int,
     step: Tensor,
     rows: Tensor | None,
+    magnitude: Tensor | None,
     dtype: torch.dtype | None,
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
-    model = parse(error)
-    if type(model) not in _KINDS:
-        raise BackendError(f"backend 'cpu' has no kernel for {model}; it has: {', '.join(k.kind for k in _KINDS)}")
     y = y.contiguous()
     out = torch.empty_like(y, dtype=dtype or y.dtype)
-    count, columns = shape_in_rows(y)
+    codes = _DTYPES[check_dtype(y)], _DTYPES[check_dtype(out)]
     rows = check_rows("perturb", y, rows)
+    models, magnitude = check_chain(error, y, magnitude, out.dtype)
+    clock, bf16 = int(step), out.dtype == torch.bfloat16
     stats = _core.perturb(
         y.data_ptr(),
         out.data_ptr(),
-        _DTYPES[check_dtype(y)],
-        _DTYPES[check_dtype(out)],
-        count,
-        columns,
-        0 if rows is None else rows.data_ptr(),
-        key & 0xFFFFFFFFFFFFFFFF,
-        int(step) & 0xFFFFFFFF,
-        _KINDS[type(model)],
-        model.sigma,  # type: ignore[attr-defined]
+        *codes,
+        *shape_in_rows(y),
+        *_row_ids(rows),
+        0 if magnitude is None else magnitude.data_ptr(),
+        [_error_model(m, i, key, clock, bf16) for i, m in enumerate(models)],
         measure,
         _threads(y),
     )
-    return out, _stats(stats, measure, model.sigma)  # type: ignore[attr-defined]
+    return out, _stats(stats, measure, models)
 
 
 @lru_cache(maxsize=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,22 @@ from torch import Tensor
 
 from aqnsim import accumulator, reference
 from aqnsim.backends import Backend, register
-from aqnsim.backends.checks import check_dtype, check_gemm, check_rows, check_step, shape_in_rows
+from aqnsim.backends.checks import (
+    check_chain,
+    check_dtype,
+    check_gemm,
+    check_rows,
+    check_step,
+    perturb_stats,
+    shape_in_rows,
+)
 from aqnsim.backends.compose import compositions
-from aqnsim.errors import RelativeGaussian, parse
+from aqnsim.backends.half import casts_half, perturbs_half
+from aqnsim.errors import ErrorModel, RelativeGaussian, sigma_of
 from aqnsim.formats import AnyFormat, BlockFormat, element_of, get
 from aqnsim.receipts import STATS
 from aqnsim.reference import F32, U32
+from aqnsim.rng import coordinates
 
 
 def _numpy(x: Tensor) -> F32:
@@ -30,8 +41,14 @@ def _held(values: F32, dtype: torch.dtype) -> tuple[Tensor, F32]:
     return _tensor(held).to(dtype), held
 
 
-def _sum2(x: F32) -> float:
-    return float(np.sum(np.asarray(x, np.float64) ** 2))
+def _sum2(x: npt.NDArray[Any], where: npt.NDArray[np.bool_]) -> float:
+    """The sum of squares in fp64, where those of all finite fp32 values are finite and not 0."""
+    return float(np.sum(np.where(where, x, 0).astype(np.float64) ** 2))
+
+
+def _error(a: F32, b: F32) -> npt.NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):
+        return np.asarray(a, np.float64) - b
 
 
 def _different(a: F32, b: F32) -> int:
@@ -46,9 +63,10 @@ def _words(x: Tensor, fmt: AnyFormat, key: int, step: Tensor | None, rows: Tenso
     count, columns = shape_in_rows(x)
     rows = check_rows("cast", x, rows)
     ids = np.arange(count) if rows is None else rows.numpy()
-    return reference.random_words(ids, columns, key, at).reshape(tuple(x.shape))
+    return reference.random_words(ids, columns, *coordinates(key, at)).reshape(tuple(x.shape))
 
 
+@casts_half
 def cast(
     x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None, measure: bool
 ) -> tuple[Tensor, Tensor]:
@@ -60,26 +78,21 @@ def cast(
     else:
         scaled, result = values, reference.round_to(values, f, words)
     out, held = _held(result, x.dtype)
-    stats = torch.zeros(len(STATS), dtype=torch.float64)
-    if measure:
-        with np.errstate(all="ignore"):
-            error = held - values
-        finite = np.isfinite(error)  # one Inf must not spoil the sums of all others
-        stats[:] = torch.tensor(
-            [
-                1,
-                values.size,
-                _different(held, values),
-                _sum2(np.where(finite, error, 0)),
-                _sum2(np.where(finite, values, 0)),
-                0,
-                0,
-                int(np.sum((scaled > element.max) | (scaled < (element.min if element.signed else -element.max)))),
-                int(np.sum(~np.isfinite(held))),
-                0,
-            ]
-        )
-    return out, stats
+    if not measure:
+        return out, torch.zeros(len(STATS), dtype=torch.float64)
+    finite = np.isfinite(held) & np.isfinite(values)  # one Inf must not spoil the sums of all others
+    measured = [
+        values.size,
+        _different(held, values),
+        _sum2(_error(held, values), finite),
+        _sum2(values, finite),
+        0,
+        0,
+        int(np.sum((scaled > element.max) | (scaled < (element.min if element.signed else -element.max)))),
+        int(np.sum(~np.isfinite(held))),
+        0,
+    ]
+    return out, perturb_stats(measured, ())
 
 
 def quantize(
@@ -97,44 +110,53 @@ def _tensor(values: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.array(values, order="C"))  # keeps 0 dimensions
 
 
+def _unit(models: Sequence[ErrorModel], y: F32, magnitude: F32 | None) -> F32:
+    """What a lone Gaussian model misses by a share of; 0 for any other chain, whose shift has no one unit."""
+    if sigma_of(models) is None:
+        return np.zeros_like(y)
+    if not isinstance(models[0], RelativeGaussian):
+        return np.ones_like(y)
+    return y if magnitude is None else magnitude
+
+
+@perturbs_half
 def perturb(
     y: Tensor,
     error: str,
     key: int,
     step: Tensor,
     rows: Tensor | None,
+    magnitude: Tensor | None,
     dtype: torch.dtype | None,
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
-    model, before = parse(error), _numpy(y)
+    before, dtype = _numpy(y), dtype or y.dtype
     rows = check_rows("perturb", y, rows)
-    after = reference.perturb(before, model, key, int(step) & 0xFFFFFFFF, None if rows is None else rows.numpy())
-    out, held = _held(after, dtype or y.dtype)
-    stats = torch.zeros(len(STATS), dtype=torch.float64)
-    if measure:
-        _, clean = _held(before, dtype or y.dtype)
-        relative = isinstance(model, RelativeGaussian)
-        measurable = np.isfinite(before) & ((before != 0) | (not relative))
-        finite = np.isfinite(held)
-        with np.errstate(all="ignore"):
-            shift = held - clean
-            unit = before if relative else np.float32(1)
-            injected = np.where(measurable, (after - before) / np.where(measurable, unit, 1), 0)
-        stats[:] = torch.tensor(
-            [
-                1,
-                before.size,
-                _different(held, clean),
-                _sum2(np.where(np.isfinite(shift), shift, 0)),
-                _sum2(np.where(finite, before, 0)),
-                _sum2(injected),
-                int(measurable.sum()),
-                0,
-                int(np.sum(~finite)),
-                model.sigma**2 * int(measurable.sum()),  # type: ignore[attr-defined]
-            ]
-        )
-    return out, stats
+    models, magnitude = check_chain(error, y, magnitude, dtype)
+    m = None if magnitude is None else magnitude.numpy()
+    after, hits = reference.perturb(
+        before, models, key, int(step), None if rows is None else rows.numpy(), m, dtype == torch.bfloat16
+    )
+    out, held = _held(after, dtype)
+    if not measure:
+        return out, torch.zeros(len(STATS), dtype=torch.float64)
+    _, clean = _held(before, dtype)
+    unit, finite = _unit(models, before, m), np.isfinite(held)
+    measurable = np.isfinite(before) & np.isfinite(after) & np.isfinite(unit) & (unit != 0)
+    with np.errstate(all="ignore"):
+        injected = _error(after, before) / unit
+    measured = [
+        before.size,
+        _different(held, clean),
+        _sum2(_error(held, clean), finite & np.isfinite(clean)),
+        _sum2(before, finite),
+        _sum2(injected, measurable),
+        int(measurable.sum()),
+        0,
+        int(np.sum(~finite)),
+        hits,
+    ]
+    return out, perturb_stats(measured, models)
 
 
 def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:

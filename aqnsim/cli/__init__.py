@@ -5,6 +5,7 @@ Only the commands that cast load torch, and only the plot loads matplotlib.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from aqnsim import formats, profiles
 from aqnsim._errors import AqnsimError, ConfigError
 from aqnsim.cli import noise, pages, tables
 from aqnsim.cli.output import Section, print_json, progress, show, whole_file
+from aqnsim.profiles import texts
 
 DEFAULT_PLOT = Path("formats.png")
 
@@ -26,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-profile_app = typer.Typer(help="List or show the profiles.", rich_markup_mode=None)
+profile_app = typer.Typer(help="List, show, compare and start profiles.", rich_markup_mode=None)
 app.add_typer(profile_app, name="profile")
 app.command("aqn")(noise.aqn_command)
 
@@ -160,17 +162,63 @@ def sites_command(
 
 
 @profile_app.command("list")
-def profile_list_command() -> None:
+def profile_list_command(as_json: AsJson = False) -> None:
     """List the profiles that come with the package."""
+    if as_json:
+        print_json([texts.to_dict(profiles.load(name)) for name in profiles.names()])
+        return
     show(Section("", tables.profile_table()))
+
+
+ProfileName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a profile, or path to a TOML file.")]
 
 
 @profile_app.command("show")
 def profile_show_command(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a profile, or path to a TOML file.")],
+    name: ProfileName,
+    as_json: AsJson = False,
+    as_toml: Annotated[bool, typer.Option("--toml", help="Print TOML that reads back as the same profile.")] = False,
 ) -> None:
     """Show a profile's rules, source and fingerprint."""
-    show(*tables.profile_page(profiles.load(name)))
+    if as_json and as_toml:
+        raise ConfigError("--json and --toml are two ways to print a profile: give one of them")
+    profile = profiles.load(name)
+    if as_json:
+        print_json(texts.to_dict(profile))
+    elif as_toml:
+        print(texts.to_toml(profile), end="")
+    else:
+        show(*tables.profile_page(profile))
+
+
+@profile_app.command("diff")
+def profile_diff_command(
+    a: Annotated[str, typer.Argument(metavar="A", help="Name of a profile, or path to a TOML file.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what two profiles do differently, kind of op by kind of op, and whether that changes a number."""
+    pair = profiles.load(a), profiles.load(b)
+    print_json(tables.difference_dict(*pair)) if as_json else show(*tables.difference_page(*pair))
+
+
+@profile_app.command("new")
+def profile_new_command(
+    path: Annotated[Path, typer.Argument(metavar="NAME.toml", help="The file to write; it must not exist.")],
+    start: Annotated[
+        str,
+        typer.Option("--from", metavar="PROFILE", help="Name of the profile to start from, or path to a TOML file."),
+    ] = "bf16",
+) -> None:
+    """Write a profile to start from: valid as it is, with every kind and field explained in comments."""
+    if path.suffix != ".toml":
+        raise ConfigError(f"a profile is a file that ends in .toml, got {str(path)!r}")
+    profile = profiles.load(start)
+    source = {**profile.source, "start": f"profile {profile.name} ({profile.fingerprint})"}
+    mine = dataclasses.replace(profile, name=path.stem, source=source)
+    with whole_file(path, overwrite=False) as temporary:
+        temporary.write_text(texts.commented(mine), encoding="utf-8")
+    print(path)
 
 
 @app.command("backends")

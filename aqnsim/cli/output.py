@@ -110,14 +110,20 @@ def progress(label: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, overwrite: bool = True) -> Iterator[Path]:
     """A temporary file beside ``path`` to write; it takes the place of ``path`` unless the block raises.
 
+    Args:
+        overwrite: whether a file that is there is replaced.
+
     Raises:
-        ConfigError: ``path`` is a folder, or cannot be written in its own.
+        ConfigError: ``path`` is a folder, or cannot be written in its own, or is there and must not be replaced.
     """
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: it is a folder; give a file's name")
+    taken = ConfigError(f"cannot write {path}: it exists already; give another name or remove it first")
+    if not overwrite and path.exists():
+        raise taken
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
@@ -125,7 +131,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     try:
         yield temporary
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)  # unlike replace, it fails where another process made the file meanwhile
+            temporary.unlink()
+    except FileExistsError as error:
+        temporary.unlink(missing_ok=True)
+        raise taken from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

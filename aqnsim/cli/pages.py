@@ -313,7 +313,7 @@ def worked_example(fmt: BlockFormat) -> Example:
     from aqnsim import reference
 
     x = np.array(EXAMPLE, np.float32)
-    words = reference.random_words(np.arange(1), len(x), key=0, step=0)[0] if random_bits(fmt) else None
+    words = reference.random_words(np.arange(1), len(x), key=0, word=0)[0] if random_bits(fmt) else None
     blocks = reference.blocks_of(x, fmt, words=words)
     inputs, scaled, elements, outputs = (
         part.astype(np.float64).tolist() for part in (x, blocks.scaled, blocks.elements, blocks.values)

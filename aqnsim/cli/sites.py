@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqnsim._errors import ConfigError
+from aqnsim._errors import ConfigError, did_you_mean
 from aqnsim.cli.output import Section
 from aqnsim.profiles import Profile
 
@@ -25,12 +25,23 @@ _SMALL: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": 128,
     "n_positions": 128,
+    "ffn_dim": 96,
+    "n_inner": 96,
+    "rotary_dim": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
     "moe_intermediate_size": 48,
     "shared_expert_intermediate_size": 48,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
     "sliding_window": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -53,11 +64,15 @@ def small_model(family: str, **settings: Any) -> nn.Module:
     try:
         plain = transformers.AutoConfig.for_model(family)
     except ValueError as error:
+        meant = did_you_mean(family, list(transformers.CONFIG_MAPPING))
         raise ConfigError(
-            f"{family!r} is neither a folder, a configuration nor a model_type of transformers, such as llama"
+            f"{family!r} is neither a folder, a config.json nor a model_type of transformers such as llama{meant}"
         ) from error
     own = {**plain.to_dict(), **plain.attribute_map}
     sizes = {k: v for k, v in _SMALL.items() if k in own}
+    if "qk_rope_head_dim" in own:  # latent attention: a head's width is the sum of its parts, and no head is shared
+        sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     return _from_config(transformers.AutoConfig.for_model(family, **{**sizes, **settings}))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from aqnsim import formats, profiles
 from aqnsim.cli.output import Section, Table
 from aqnsim.formats import AnyFormat, BlockFormat, element_of
-from aqnsim.profiles import Profile
+from aqnsim.profiles import Profile, texts
+from aqnsim.profiles.difference import Difference, differences, exclusions, in_words
 
 
 def format_list() -> list[dict[str, Any]]:
@@ -65,25 +66,34 @@ def scale_text(fmt: AnyFormat) -> str:
 
 
 def profile_table() -> Table:
-    """Every profile that comes with the package, with the formats and errors of its rules."""
-    header = ("name", "weight", "input", "error", "gradient errors", "fingerprint", "description")
+    """Every profile that comes with the package, with the kinds of op, formats and errors of its rules."""
+    header = (
+        *("name", "kinds", "weight", "input", "gradients", "accumulator"),
+        *("error", "gradient errors", "fingerprint", "description"),
+    )
     return [header, *(_profile_row(profiles.load(name)) for name in profiles.names())]
 
 
 def _profile_row(profile: Profile) -> tuple[str, ...]:
     specs = [rule.spec for rule in profile.rules]
+    gradients = [part for s in specs for part in (s.grad_input, s.grad_weight)]
+    parts = [*(s.forward for s in specs), *gradients]
+    kinds = [kind for kind in profiles.KINDS if kind in profile.kinds]
     return (
         profile.name,
+        "all" if len(kinds) == len(profiles.KINDS) else _distinct(kinds),
         _distinct(s.forward.weight for s in specs),
         _distinct(s.forward.input for s in specs),
+        _distinct(value for part in gradients for value in (part.grad, part.other)),
+        _distinct(part.accumulator for part in parts),
         _distinct(s.forward.error for s in specs),
-        _distinct(part.error for s in specs for part in (s.grad_input, s.grad_weight)),
+        _distinct(part.error for part in gradients),
         profile.fingerprint,
         profile.description,
     )
 
 
-def _distinct(values: Iterator[str | None]) -> str:
+def _distinct(values: Iterable[str | None]) -> str:
     return ", ".join(dict.fromkeys(v for v in values if v)) or "-"
 
 
@@ -108,16 +118,52 @@ def profile_page(profile: Profile) -> list[Section]:
         Section("exclude", f"  {', '.join(profile.exclude) or 'nothing'}"),
     ]
     for number, rule in enumerate(profile.rules, 1):
-        lines = [f"  {key} = {value}" for key, value in _flat(json.loads(rule.spec.text))]
-        page.append(Section(f"rule {number}: {rule.kind}, sites {', '.join(rule.sites)}", "\n".join(lines)))
+        head = {"kind": ", ".join(rule.kinds), "sites": ", ".join(rule.sites), "phases": ", ".join(rule.phases)}
+        lines = [f"  {field} = {value}" for field, value in (head | texts.flat(rule.spec)).items()]
+        page.append(Section(f"rule {number}", "\n".join(lines)))
     if not profile.rules:
         page.append(Section("", "no rule: nothing is emulated"))
     return page
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def difference_page(a: Profile, b: Profile) -> list[Section]:
+    """What two profiles do differently, in words."""
+    same = a.fingerprint == b.fingerprint
+    verdict = "one fingerprint: they compute the same" if same else "the fingerprints differ"
+    page = [Section(f"{a.name} ({a.fingerprint}) and {b.name} ({b.fingerprint})", f"  {verdict}")]
+    labels = _labels(a, b)
+    only = [(label, ", ".join(globs)) for label, globs in zip(labels, exclusions(a, b), strict=True) if globs]
+    if only:
+        page.append(Section("exclude", "\n".join(f"  only in {name}: {globs}" for name, globs in only)))
+    found: dict[str, list[str]] = {}
+    for d in differences(a, b):
+        found.setdefault(f"{', '.join(d.kinds)} ({_rule_numbers(d)})", []).append(f"  {in_words(d, *labels)}")
+    page += [Section(title, "\n".join(lines)) for title, lines in found.items()]
+    if not same and len(page) == 1:
+        page.append(Section("", "they ask the same of every kind of op, in other rules or another order"))
+    silent = [f for f in ("description", "source") if getattr(a, f) != getattr(b, f)]
+    if silent:
+        page.append(Section("", f"also differ, which changes no number: {', '.join(silent)}"))
+    return page
+
+
+def _labels(a: Profile, b: Profile) -> tuple[str, str]:
+    """What to call two profiles, which may share a name."""
+    return (a.name, b.name) if a.name != b.name else ("the first", "the second")
+
+
+def _rule_numbers(difference: Difference) -> str:
+    first, second = difference.rules
+    if first == second:
+        return f"rule {first}"
+    return " and ".join("no rule" if n is None else f"rule {n}" for n in (first, second))
+
+
+def difference_dict(a: Profile, b: Profile) -> dict[str, Any]:
+    """:func:`difference_page` as data."""
+    return {
+        "profiles": [{"name": p.name, "fingerprint": p.fingerprint} for p in (a, b)],
+        "same numbers": a.fingerprint == b.fingerprint,
+        "exclude": exclusions(a, b),
+        "rules": [dataclasses.asdict(d) | {"words": in_words(d, *_labels(a, b))} for d in differences(a, b)],
+    }

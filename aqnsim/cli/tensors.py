@@ -303,7 +303,7 @@ def measure(x: Tensor, fmt: AnyFormat, axis: int = -1, key: NoiseKey | None = No
         key: of a stochastic rounding; not used by others.
     """
     key = key or NoiseKey()
-    noise = (key.value, torch.tensor(key.step)) if random_bits(fmt) else (0, None)
+    noise = (key.value, torch.tensor(key.clock)) if random_bits(fmt) else (0, None)
     y, stats = torch.ops.aqnsim.cast(x, str(fmt), axis % max(x.dim(), 1), *noise, None, True)
     found = Measurement(tuple(stats.tolist()))
     for before, after in zip(x.flatten().split(_PIECE), y.flatten().split(_PIECE), strict=True):

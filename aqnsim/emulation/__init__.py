@@ -2,6 +2,7 @@
 
 from aqnsim.emulation.attach import emulate
 from aqnsim.emulation.core import Emulation, ReceiptTotals
+from aqnsim.emulation.coverage import Coverage, survey
 from aqnsim.emulation.sites import Site
 
-__all__ = ["Emulation", "ReceiptTotals", "Site", "emulate"]
+__all__ = ["Coverage", "Emulation", "ReceiptTotals", "Site", "emulate", "survey"]

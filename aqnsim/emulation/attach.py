@@ -12,15 +12,24 @@ from torch import nn
 from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.aqn import AQN, KINDS
+from aqnsim.emulation import approximate
 from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation
-from aqnsim.emulation.discovery import Candidate, candidates, router_feeders, token_embedding
+from aqnsim.emulation.discovery import (
+    Candidate,
+    candidates,
+    refuse_emulated,
+    refuse_patched,
+    router_feeders,
+    token_embedding,
+)
 from aqnsim.emulation.functional import Functions, emulated
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import OpSpec, Profile, load
+from aqnsim.profiles.spec import operand
 from aqnsim.receipts import PHASES, STATS, STREAMS
 
 _TRAINER_PHASES = PHASES[1:]
@@ -45,7 +54,7 @@ def emulate(
     gives cast(W) + BA. Adapters are never touched.
 
     Args:
-        model: fp32, bf16 or fp16, with or without PEFT.
+        model: fp32, bf16 or fp16, with or without PEFT, DDP, FSDP2 and torch.compile.
         profile: a name, a path to a TOML file, or a Profile.
         seed: of all noise.
         aqn: noise on the weights of norms or linear layers, in rollouts unless it says otherwise; needs ``begin_step``
@@ -58,7 +67,8 @@ def emulate(
 
     Raises:
         ConfigError: a rule that matches no op, a module that is emulated already, a class of linear layer that cannot
-            be emulated, AQN of which a part reaches nothing; with ``strict``, an op that cannot be emulated.
+            be emulated, a frozen weight that is sharded already, AQN of which a part reaches nothing; with ``strict``,
+            an op that cannot be emulated.
         UnknownNameError: no such profile.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -67,16 +77,19 @@ def emulate(
     >>> [(r.stream, r.requested) for r in emu.receipts()]
     [('weight', 'mxfp4'), ('input', 'mxfp4')]
     """
-    profile = load(profile)
+    profile, model = load(profile), st.unwrapped(model)
     emulation = Emulation(model, profile, seed, aqn, run)
     emulation.example = example
-    planned = _plan(model, profile, aqn, example)
+    with st.unsharded(model):
+        planned = _plan(model, profile, aqn, example)
     device = next((p.device for s in planned for p in s.module.parameters()), torch.device("cpu"))
     emulation.totals = torch.zeros(
         len(planned), len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64, device=device
     )
     try:
-        _attach(emulation, planned)
+        with st.unsharded(model):  # again: the example's forward has sharded its layers
+            bindings = _attach(emulation, planned)
+        _materialise(emulation, bindings)
         if emulation.draws:
             _track_rows(emulation, model)
         if strict:
@@ -92,7 +105,7 @@ def emulate(
 
 def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None) -> list[Site]:
     """Every site, checked; nothing is changed yet."""
-    _refuse_emulated(model)
+    refuse_emulated(model)
     wanted = profile.kinds | (set(KINDS.values()) if aqn is not None else set())
     found: list[Site] = []
     known = candidates(model, wanted, profile.kinds, example)
@@ -144,13 +157,8 @@ def _other_experts(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
             )
 
 
-def _refuse_emulated(model: nn.Module) -> None:
-    for name, module in st.host_modules(model):
-        if any(k.startswith("aqnsim_") for k in module.__dict__):
-            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
-
-
 def _check_candidate(c: Candidate) -> None:
+    refuse_patched(c.name, c.module)
     if c.kind != "linear" or c.ordinal is not None:
         return
     weight = c.module._parameters[c.weight or "weight"]
@@ -176,26 +184,27 @@ def _check_rules(model: nn.Module, profile: Profile, found: list[Site]) -> None:
 # ---- attach ----------------------------------------------------------------------------------------------------------
 
 
-def _attach(emulation: Emulation, planned: list[Site]) -> None:
-    shared = st.owners(emulation.model)
+def _attach(emulation: Emulation, planned: list[Site]) -> list[Binding]:
+    """Swap the classes of all modules that run an op."""
+    bindings: list[Binding] = []
     by_module: dict[nn.Module, dict[int | None, dict[str, Binding]]] = {}
     for site in planned:
-        binding = emulation.add_site(site)
-        by_module.setdefault(site.module, {}).setdefault(site.ordinal, {})[_key_of(site)] = binding
-        _materialise(emulation, binding, shared)
-    for module, bindings in by_module.items():
-        own = bindings.pop(None, None)
+        bindings.append(emulation.add_site(site))
+        by_module.setdefault(site.module, {}).setdefault(site.ordinal, {})[_key_of(site)] = bindings[-1]
+    for module, parts in by_module.items():
+        own = parts.pop(None, None)
         if own is not None:
             _attach_module(emulation, module, own)
-        if bindings:
-            _attach_functions(emulation, module, bindings)  # type: ignore[arg-type]
+        if parts:
+            _attach_functions(emulation, module, parts)  # type: ignore[arg-type]
     for module in _recomputed(emulation.model) if planned else ():
         emulation.swap(module, em.recomputed_class(type(module)), {"aqnsim_emulation": emulation})
+    return bindings
 
 
 def _key_of(site: Site) -> str:
     """Which op of its module a site is, for a mixture's experts and for the parts of an attention."""
-    is_expert = site.ordinal is None and st.is_experts(site.module)
+    is_expert = site.ordinal is None and st.holds_experts(site.module)
     return site.name.rpartition(".")[2] if is_expert else site.kind
 
 
@@ -208,15 +217,19 @@ def _attach_module(emulation: Emulation, module: nn.Module, bindings: dict[str, 
     """Swap the class of a module that is an op as a whole."""
     cls, kind = type(module), next(iter(bindings.values())).site.kind
     attributes: dict[str, Any] = {"aqnsim_binding": next(iter(bindings.values()))}
-    if st.is_experts(module):
+    if st.holds_experts(module):
         mixin: type = em.EmulatedExperts
-        attributes = {"aqnsim_bindings": bindings}
+        attributes = {"aqnsim_bindings": bindings, "aqnsim_experts": st.experts_of(module)}
     elif kind == "linear":
         mixin = em.EmulatedLinear if isinstance(module, nn.Linear) else em.EmulatedTransposedLinear
     elif kind == "norm":
         mixin, attributes["aqnsim_norm"] = em.EmulatedNorm, st.norm_of(module)
+    elif kind == "embedding":
+        mixin = em.EmulatedEmbedding
     else:
-        mixin = em.EmulatedEmbedding if kind == "embedding" else em.EmulatedElementwise
+        mixin, site = em.EmulatedElementwise, next(iter(bindings.values())).site
+        texts = {s.forward.approximation for s in site.specs.values() if s.forward.approximation}
+        attributes["aqnsim_tables"] = {t: approximate.of_activation(module, site.name, t) for t in texts}
     new = em.EmulatedLinear if cls is nn.Linear else em.emulated_class(mixin, cls)
     emulation.swap(module, new, attributes)
 
@@ -233,15 +246,19 @@ def _attach_functions(emulation: Emulation, module: nn.Module, bindings: dict[in
     emulation.swap(module, em.rewritten_class(type(module), copy), {FUNCTIONS: functions})
 
 
-def _materialise(emulation: Emulation, binding: Binding, shared: dict[int, list[str]]) -> None:
-    """Write cast(W) into a frozen weight that no other module holds and that has one format in all phases."""
-    site, weight = binding.site, binding.site.parameter
-    formats = {spec.forward.weight for spec in site.specs.values()}
-    if weight is None or weight.requires_grad or len(formats) > 1 or None in formats or site.kind != "linear":
-        return
-    if len(shared[id(weight)]) == 1:
-        emulation.materialise(site, weight)
-        binding.materialised = True
+def _materialise(emulation: Emulation, bindings: list[Binding]) -> None:
+    """Write cast(W) into each frozen weight that no other module holds and that has one format in all phases."""
+    shared = st.owners(emulation.model)
+    for binding in bindings:
+        site, weight = binding.site, binding.site.parameter
+        formats = {spec.forward.weight for spec in site.specs.values()}
+        if weight is None or weight.requires_grad or len(formats) > 1 or None in formats or site.kind != "linear":
+            continue
+        if any(text is not None and operand(text)[1] is not None for text in formats):
+            continue  # a fault is drawn at each use
+        if len(shared[id(weight)]) == 1:
+            emulation.materialise(site, weight)
+            binding.materialised = True
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aqnsim import functions
 from aqnsim._errors import ConfigError
-from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.binding import Binding, autocasted
 
 PARTS = ("kv_cache", "qk", "softmax", "pv")
 """The ops of one attention, which are kinds of site."""
 
-_UNSUPPORTED = ("s_aux", "position_bias", "cache")
+_UNSUPPORTED = ("position_bias", "cache")
 
 
 def is_attention(function: Any, args: tuple[Any, ...]) -> bool:
@@ -39,7 +40,9 @@ class Attention:
     def __call__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(args[0], nn.Module):
             return self._sdpa(function, args, kwargs)
-        module, query, key, value, *rest = args
+        module, *operands = args[:4]
+        query, key, value = autocasted(*operands)
+        rest = args[4:]
         key, value = self._cached(key, 0), self._cached(value, 1)
         if not any(self._acts(part) for part in ("qk", "softmax", "pv")):
             return function(module, query, key, value, *rest, **kwargs)
@@ -58,6 +61,7 @@ class Attention:
             getattr(module, "is_causal", True) if causal is None else causal,
             kwargs.get("dropout", 0.0),
             kwargs.get("softcap"),
+            kwargs.get("s_aux"),
         )
         return result.transpose(1, 2).contiguous(), weights
 
@@ -65,9 +69,10 @@ class Attention:
         """A direct call of scaled_dot_product_attention."""
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        query, key, value = given["query"], self._cached(given["key"], 0), self._cached(given["value"], 1)
+        query, key, value = autocasted(given["query"], given["key"], given["value"])
+        key, value = self._cached(key, 0), self._cached(value, 1)
         if not any(self._acts(part) for part in ("qk", "softmax", "pv")):
-            result: Tensor = function(**{**given, "key": key, "value": value})
+            result: Tensor = function(**{**given, "query": query, "key": key, "value": value})
             return result
         scale = given.get("scale")
         return self._explicit(
@@ -78,7 +83,6 @@ class Attention:
             query.shape[-1] ** -0.5 if scale is None else scale,
             given.get("is_causal", False),
             given.get("dropout_p", 0.0),
-            None,
         )[0]
 
     def _acts(self, part: str) -> bool:
@@ -102,7 +106,8 @@ class Attention:
         scaling: float,
         causal: bool,
         dropout: float,
-        softcap: float | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         heads = query.shape[1]
         key, value = _repeated(key, heads), _repeated(value, heads)
@@ -112,7 +117,8 @@ class Attention:
         key_rows = emulation.cached_rows(key) if draws else None
         score_rows = emulation.score_rows(query) if draws else None
         scores = self._product("qk", query, key, True, score_rows, key_rows, query_rows) * scaling
-        weights = self._softmax(scores, _additive(mask, scores, causal), softcap, score_rows).to(value.dtype)
+        mask = _additive(mask, scores, causal)
+        weights = self._softmax(scores, mask, softcap, sinks, score_rows).to(value.dtype)
         weights = torch.dropout(weights, dropout, True) if dropout else weights
         return self._product("pv", weights, value, False, query_rows, key_rows, score_rows).to(value.dtype), weights
 
@@ -130,13 +136,21 @@ class Attention:
             return (a @ (b.mT if transposed else b)).float()
         return self.parts[part].matmul(a, b, transposed, torch.float32, rows, other_rows, operand_rows)
 
-    def _softmax(self, scores: Tensor, mask: Tensor | None, softcap: float | None, rows: Tensor | None) -> Tensor:
-        """The softmax, with the cap of its scores and the mask, which are part of it."""
+    def _softmax(
+        self, scores: Tensor, mask: Tensor | None, softcap: float | None, sinks: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        """The softmax, with what is part of it: the cap of its scores, the mask, and a score of each head that takes
+        weight from all keys (a sink)."""
         b = self.parts["softmax"] if self._acts("softmax") else None
         entered = scores if b is None else b.enter(scores, 0, rows)
         if softcap is not None:
             entered = torch.tanh(entered / softcap) * softcap
-        weights = torch.softmax(entered if mask is None else entered + mask, -1)
+        masked = entered if mask is None else entered + mask
+        if sinks is not None:
+            masked = torch.cat([masked, sinks.float().reshape(1, -1, 1, 1).expand(*masked.shape[:-1], 1)], -1)
+        tables = "" if b is None else b.plan.approximation
+        weights = functions.softmax(masked, -1, tables) if tables else torch.softmax(masked, -1)
+        weights = weights[..., : scores.shape[-1]]
         if b is None:
             return weights
         weights = b.leave(weights, torch.float32, 0, rows)

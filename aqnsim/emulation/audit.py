@@ -13,11 +13,13 @@ from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._pytree import tree_leaves
 
 from aqnsim.emulation.attention import PARTS
 from aqnsim.emulation.rewriting import FUNCTIONS
+from aqnsim.emulation.sites import EXPERTS
 
 _KINDS = {
     "softmax": ("_softmax", "_safe_softmax"),
@@ -34,8 +36,16 @@ _KINDS = {
 }
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
 _BINARY = ("add", "multiply")
-_OTHER = ("pow", "mean", "sum", "exp", "log", "sqrt", "reciprocal", "cumsum", "var_mean", "var", "sin", "cos", "neg")
-"""Arithmetic that is part of an op, such as a norm; outside of one there is no kind of op for it."""
+_EXACT = (
+    *("clone", "copy", "_to_copy", "cat", "stack", "repeat", "_unsafe_view", "constant_pad_nd", "roll", "flip", "fill"),
+    *("index", "index_select", "index_put", "index_copy", "gather", "scatter", "select_scatter", "slice_scatter"),
+    *("where", "masked_fill", "masked_scatter", "tril", "triu", "topk", "sort", "clamp", "max", "min", "amax", "amin"),
+    *("maximum", "minimum", "neg", "abs", "zero", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros"),
+    *("new_ones", "new_full", "new_empty", "repeat_interleave", "bernoulli", "native_dropout", "lift_fresh", "one_hot"),
+)
+"""Ops that move, choose or negate values, and so cannot miss."""
+_LIKE_PRODUCTS = ("mm", "matmul", "linear", "conv", "attention", "lstm", "gru", "rnn")
+"""Parts of the names of ops that multiply matrices in ways that no FLOPs are known for."""
 _GEMMS = ("linear", "matmul", "attention", "experts", "conv")
 """Kinds of scope in which a product of matrices is expected."""
 
@@ -77,14 +87,54 @@ class _Scope:
     products: int = 0
 
 
+KindOf = Callable[[Any, int, Any, tuple[Any, ...], dict[str, Any]], str | None]
+"""The kind of op of a call: of a rewritten module's functions, an ordinal, what is called and its arguments."""
+
 Loose = tuple[nn.Module, str]
 """A module and a kind of op that ran in its forward, outside of any known op."""
 
 
-class Audit(TorchDispatchMode):
+class Activations(TorchDispatchMode):
+    """Follows what is computed from the inputs of a forward: activations, in contrast to tables that a model makes.
+
+    Memory is followed, not tensors: a table that an activation is written into, through whichever view, holds one.
+
+    Args:
+        inputs: keyword arguments of the forward.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._known: dict[int, StorageWeakRef] = {}  # by address, which is not used again while a reference is held
+        self._mark(_tensors(inputs))
+
+    def enter(self, *values: Any) -> bool:
+        """Whether an activation is among some values, such as the arguments of a call."""
+        return any(t.untyped_storage()._cdata in self._known for t in _tensors(values))
+
+    def _mark(self, tensors: list[Tensor]) -> None:
+        for t in tensors:
+            reference = StorageWeakRef(t.untyped_storage())
+            self._known[reference.cdata] = reference
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        entered = self.enter(args, kwargs)
+        if entered:
+            self._mark(_tensors(result))
+        if not func.is_view:
+            self.ran(func._schema.name, args, kwargs or {}, result, entered)
+        return result
+
+    def ran(self, name: str, args: Any, kwargs: Any, result: Any, entered: bool) -> None:
+        """Note an op of torch that is no view; ``entered`` says whether an activation was among its operands."""
+
+
+class Audit(Activations):
     """Counts the ops of a forward.
 
     Args:
+        inputs: keyword arguments of the forward.
         kinds: of the modules that are an op as a whole; ``experts`` for those of a mixture.
 
     Attributes:
@@ -93,10 +143,13 @@ class Audit(TorchDispatchMode):
         loose: of no known op, though an activation entered.
         constant: of no known op, and no activation entered: tables that the model makes.
         other: calls of arithmetic outside any op for which there is no kind.
+
+    An op of another library than torch, or a product of matrices that is none of the usual ones, has the kind
+    ``unknown``.
     """
 
-    def __init__(self, kinds: Mapping[nn.Module, str]) -> None:
-        super().__init__()
+    def __init__(self, inputs: Mapping[str, Any], kinds: Mapping[nn.Module, str]) -> None:
+        super().__init__(inputs)
         self.kinds = kinds
         self.work: dict[Key, Work] = {}
         self.emulated: dict[Key, Work] = {}
@@ -104,7 +157,6 @@ class Audit(TorchDispatchMode):
         self.constant: dict[Loose, Work] = {}
         self.other: dict[str, int] = {}
         self._scopes: list[_Scope] = []
-        self._activations: Any = WeakTensorKeyDictionary()
 
     # ---- scopes ------------------------------------------------------------------------------------------------------
 
@@ -112,19 +164,13 @@ class Audit(TorchDispatchMode):
     def listening(
         self,
         model: nn.Module,
-        inputs: Mapping[str, Any],
-        kind_of: Callable[[Any, int, Any, tuple[Any, ...]], str | None],
+        kind_of: KindOf,
     ) -> Iterator[None]:
         """Listen to every module, and to the operations of every rewritten one.
 
         Args:
-            inputs: of the forward: what is computed from them is an activation.
-            kind_of: the kind of op of a call, of a rewritten module's functions, an ordinal, what is called and its
-                arguments; None for no op.
+            kind_of: None for no op.
         """
-        for value in inputs.values():
-            if isinstance(value, Tensor):
-                self._activations[value] = True
         with ExitStack() as stack:
             for module in model.modules():
                 enter = module.register_forward_pre_hook(self._enter_module, with_kwargs=True, prepend=True)
@@ -149,7 +195,7 @@ class Audit(TorchDispatchMode):
         if kind is None:
             return
         if kind == "attention":
-            self._note_attention(Key(module, ordinal), [a for a in args if isinstance(a, Tensor)])
+            self._note_attention(Key(module, ordinal), _tensors(args))
             return
         shape = next((tuple(a.shape) for a in args if isinstance(a, Tensor)), ())
         work = self.work.setdefault(Key(module, ordinal), Work(shape=shape))
@@ -179,26 +225,13 @@ class Audit(TorchDispatchMode):
 
     # ---- ops ---------------------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in _flat((args, kwargs or {})) if isinstance(t, Tensor)]
-        entered = any(t in self._activations for t in tensors)
-        results = [t for t in _flat(result) if isinstance(t, Tensor)]
-        if entered:
-            self._mark(results)
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
+    def ran(self, name: str, args: Any, kwargs: Any, result: Any, entered: bool) -> None:
+        name, results = name.removeprefix("aten::").rstrip("_"), _tensors(result)
         flops = flops_of(name, args, results)
         if flops:
             self._product(name, flops, args, results, entered)
         elif self._op() is None:
-            self._elementwise(name, tensors, results, entered)
-        return result
-
-    def _mark(self, tensors: list[Tensor]) -> None:
-        for t in tensors:
-            self._activations[t] = True
-            if t._base is not None:
-                self._activations[t._base] = True
+            self._elementwise(name, _tensors((args, kwargs)), results, entered)
 
     def _product(self, name: str, flops: list[int], args: Any, results: list[Tensor], entered: bool) -> None:
         scope, module = self._op(), self._scopes[-1].module
@@ -220,22 +253,24 @@ class Audit(TorchDispatchMode):
         if scope.kind != "experts":
             return ""
         a, b = args[:2]
-        outputs = b.shape[0] if name == "aqnsim::linear" else a.shape[-2] if name == "bmm" else b.shape[-1]
-        inputs = a.shape[-1]
-        sizes = {n: tuple(scope.module.get_parameter(n).shape[1:]) for n in ("gate_up_proj", "down_proj")}
-        return next((n for n, size in sizes.items() if size == (outputs, inputs)), "")
+        outputs = b.shape[0] if name == "aqnsim::linear" else b.shape[-1]
+        if name == "bmm" and outputs == 1:  # a weight for each token, times the token
+            outputs = a.shape[-2]
+        sizes = {n: set(scope.module.get_parameter(n).shape[1:]) for n in EXPERTS}
+        return next((n for n, size in sizes.items() if size == {outputs, a.shape[-1]}), "")
 
     def _elementwise(self, name: str, tensors: list[Tensor], results: list[Tensor], entered: bool) -> None:
-        if not results or not results[0].is_floating_point():
+        if not self._scopes or not any(t.is_floating_point() for t in results):
             return
-        kind, module = _KIND_OF.get(name), self._scopes[-1].module if self._scopes else None
+        kind = _KIND_OF.get(name)
         if kind in _BINARY and not _joins(tensors):
             return
-        if kind is None or module is None:
-            if name in _OTHER and entered:
-                self.other[name] = self.other.get(name, 0) + 1
-            return
-        _count(self.loose if entered else self.constant, (module, kind), name, 0, results)
+        if kind is None and ("::" in name or any(part in name for part in _LIKE_PRODUCTS)):
+            kind = "unknown"
+        if kind is not None:
+            _count(self.loose if entered else self.constant, (self._scopes[-1].module, kind), name, 0, results)
+        elif entered and name not in _EXACT:
+            self.other[name] = self.other.get(name, 0) + 1
 
 
 def _count(found: dict[Any, Work], key: Any, name: str, flops: int, results: list[Tensor]) -> None:
@@ -248,18 +283,11 @@ def _count(found: dict[Any, Work], key: Any, name: str, flops: int, results: lis
 
 def _joins(tensors: list[Tensor]) -> bool:
     """Whether two operands meet, rather than one being scaled or shifted by a number."""
-    operands = [t for t in tensors[:2] if t.is_floating_point() and t.numel() > 1]
-    return len(operands) == 2
+    return sum(t.is_floating_point() and t.numel() > 1 for t in tensors) > 1
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for v in value:
-            yield from _flat(v)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
 
 
 @dataclass(frozen=True)
@@ -269,10 +297,14 @@ class _Heard:
     audit: Audit
     module: nn.Module
     functions: Any
-    kind_of: Callable[[Any, int, Any, tuple[Any, ...]], str | None]
+    kind_of: KindOf
+
+    @property
+    def is_off(self) -> bool:
+        return bool(self.functions.is_off)
 
     def call(self, ordinal: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        kind = self.kind_of(self.functions, ordinal, function, args)
+        kind = self.kind_of(self.functions, ordinal, function, args, kwargs)
         result = None
         self.audit.begin(self.module, ordinal, kind, (*args, *kwargs.values()))
         try:
@@ -291,6 +323,7 @@ def flops_of(name: str, args: Any, results: list[Tensor]) -> list[int]:
     Attention that torch runs as one op has two: those of the scores and those of the weighted values, all of them,
     whatever a mask hides.
 
+    >>> import torch
     >>> flops_of("mm", (torch.ones(2, 3), torch.ones(3, 5)), [torch.ones(2, 5)])
     [60]
     """

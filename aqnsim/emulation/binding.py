@@ -35,6 +35,7 @@ class _Plan:
     weight: str
     only_weight: bool
     counts_output: bool
+    approximation: str
     entering: tuple[list[str], list[str]]
     weight_entering: tuple[list[str], list[str]]
     leaving: tuple[list[str], list[str]]
@@ -51,11 +52,21 @@ class _Plan:
             draws=spec.draws,
             weight=forward.weight or "",
             only_weight=spec.only_weight,
-            counts_output=not forward.asked,
+            counts_output=not forward.error
+            and (forward.approximation is not None or not (forward.asked.keys() - {"bias"})),
+            approximation=forward.approximation or "",
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
-            weight_entering=(steps(None, None, None), steps(None, grad_weight.error, grad_weight.output)),
+            weight_entering=(steps(forward.weight, None, None), steps(None, grad_weight.error, grad_weight.output)),
             leaving=(steps(None, forward.error, forward.output), steps(grad_input.grad, None, None)),
         )
+
+
+def autocasted(*operands: Tensor) -> list[Tensor]:
+    """Operands of a product in autocast's dtype, where it is on: torch does that for its own ops and not for ours."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(operands)
+    return [x.to(torch.get_autocast_dtype(device)) for x in operands]
 
 
 class Binding:
@@ -135,14 +146,16 @@ class Binding:
         return self._stage(x, self.plan.entering, torch.float32, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
     def enter_weight(self, weight: Tensor) -> Tensor:
-        """A weight in fp32; its gradient leaves as ``grad_weight`` says."""
-        keys = [*self.keys[_FORWARD], *self.keys[_WEIGHT]]
-        return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT)
+        """A weight in fp32, after its cast; its gradient leaves as ``grad_weight`` says."""
+        keys = [self.keys[0], *self.keys[2:4], *self.keys[_WEIGHT]]
+        return self._stage(weight, self.plan.weight_entering, torch.float32, keys, None, _WEIGHT, slice(1))
 
     def leave(
         self, y: Tensor, dtype: torch.dtype, operand: int = 0, rows: Tensor | None = None, part: int = 0
     ) -> Tensor:
         """A result: the error, in fp32, then its cast, then ``dtype``; the gradient is cast as it comes in."""
+        if self.plan.counts_output and not operand:  # no stream of the forward counts this call
+            self.count_call("output")
         keys = self.keys_of(operand, part)
         return self._stage(y, self.plan.leaving, dtype, [*keys[_FORWARD], *keys[_BACKWARD]], rows, _BACKWARD)
 
@@ -154,6 +167,7 @@ class Binding:
         keys: list[int],
         rows: Tensor | None,
         streams: slice,
+        of_forward: slice = _FORWARD,
     ) -> Tensor:
         forward, backward = steps
         if not any(forward) and not any(backward):
@@ -163,7 +177,8 @@ class Binding:
             x, forward, backward, dtype, keys, self.emulation.clock, rows, receipt[streams] if any(backward) else None
         )
         if any(forward):
-            torch.ops.aqnsim.record(receipt[_FORWARD], result[1])
+            own = receipt[of_forward]
+            torch.ops.aqnsim.record(own, result[1][: own.shape[0]])
         return result[0]
 
     def casts_weight(self, weight: Tensor) -> bool:
@@ -185,6 +200,8 @@ class Binding:
         """
         plan, receipt = self.plan, self.receipt()
         cast_weight = self.casts_weight(weight)
+        x, weight = autocasted(x, weight)
+        bias = None if bias is None else autocasted(bias)[0]
         if plan.weight and not cast_weight:
             self.count_call("weight")
         if self.noise:
@@ -222,7 +239,7 @@ class Binding:
     def noisy(self, weight: Tensor, part: int = 0) -> Tensor:
         """``w + sigma z`` in fp32, then the dtype of ``w``; straight-through."""
         noisy: tuple[Tensor, Tensor] = torch.ops.aqnsim.perturb(
-            weight, self.noise, self.keys_of(part=part)[_AQN], self.emulation.clock, None, None, True
+            weight, self.noise, self.keys_of(part=part)[_AQN], self.emulation.clock, None, None, None, True
         )
         torch.ops.aqnsim.record(self.receipt()[_AQN], noisy[1])
         return noisy[0]

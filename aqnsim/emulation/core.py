@@ -38,7 +38,6 @@ _DIRECTIONS = (  # a direction of the OpSpec, the prefix of its streams, and for
     ("grad_weight", "grad-weight", {".input": "input", ".grad": "grad", "": "error", "-cast": "output"}),
 )
 _FIELDS = {prefix + s: (part, name) for part, prefix, streams in _DIRECTIONS for s, name in streams.items()}
-_ERRORS = ("output", "grad-input", "grad-weight", "aqn")
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,31 @@ class ReceiptTotals:
 class _Frozen:
     """A frozen weight, what it was before the profile was attached, and cast(W), which it holds."""
 
-    site: str
+    site: Site
     weight: nn.Parameter
     master: Tensor
     value: Tensor
     digest: int
     cast: Callable[[], Tensor]
 
+    def check_place(self) -> None:
+        """Refuse to write a weight that the model has no more."""
+        if self.site.parameter is not self.weight:
+            raise ConfigError(
+                f"the frozen weight of {self.site.name!r} was replaced since the profile was attached (by "
+                "fully_shard?): the clean weight cannot come back there; restore(keep_weights=True) keeps cast(W), and "
+                "a second model that is not emulated can stand for the clean one"
+            )
+
     def check(self) -> None:
-        """Refuse to put the master back over something that was written since."""
+        """Refuse to put the master back where it cannot go, or over something that was written since."""
+        self.check_place()
         if _digest(self.weight.data) != self.digest:
             raise ConfigError(
-                f"the frozen weight of {self.site!r} was changed since the profile was attached (a merged adapter, a "
-                "loaded state dict?): going back to the clean weight would lose that; restore(keep_weights=True) keeps "
-                "what is there, refresh_weights() writes cast(W) again, as after unmerging"
+                f"the frozen weight of {self.site.name!r} was changed since the profile was attached (a merged "
+                "adapter, a loaded state dict?): going back to the clean weight would lose that; "
+                "restore(keep_weights=True) keeps what is there, refresh_weights() writes cast(W) again, as after "
+                "unmerging"
             )
 
 
@@ -86,12 +96,22 @@ class _Swap:
 
     def do(self) -> None:
         self.module.__dict__.update(self.attributes)
-        self.module.__class__ = self.emulated
+        self.module.__class__ = _with_base(type(self.module), self.original, self.emulated)
 
     def undo(self) -> None:
-        self.module.__class__ = self.original
+        self.module.__class__ = _with_base(type(self.module), self.emulated, self.original)
         for name in self.attributes:
             del self.module.__dict__[name]
+
+
+def _with_base(cls: type, old: type, new: type) -> type:
+    """A class with one of its bases replaced: what was swapped in may have been derived from since, by fully_shard."""
+    if cls is old:
+        return new
+    if old not in cls.__mro__:
+        return cls
+    bases = tuple(_with_base(base, old, new) for base in cls.__bases__)
+    return type(cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")})
 
 
 @dataclass(frozen=True)
@@ -130,6 +150,7 @@ class Emulation:
         self._rows: Rows | Tensor | None = None
         self._sequences: Tensor | None = None
         self.example: Mapping[str, Any] | None = None
+        self.is_restored = False
         self._swaps: list[_Swap] = []
         self._undo: list[Callable[[], None]] = []
         self._masters: list[_Frozen] = []
@@ -162,7 +183,8 @@ class Emulation:
 
     def _set_clock(self) -> None:
         # a new tensor: a pending backward keeps its own, and a compiled graph takes it as an input
-        self.clock = torch.tensor(clock(self.step, self._phase, self.run))
+        with torch.inference_mode(False):  # a rollout's phase may end there, and a backward is to save the clock
+            self.clock = torch.tensor(clock(self.step, self._phase, self.run), device="cpu")
 
     @property
     def sigma(self) -> float:
@@ -482,15 +504,19 @@ class Emulation:
                     )
 
     def _is_error(self, site: Site, stream: str) -> bool:
-        return stream in _ERRORS and any(self._requested(site, stream, phase) != "-" for phase in site.specs)
+        if stream == "aqn":
+            return True
+        part, name = _FIELDS[stream]
+        return name == "error" and any(getattr(spec, part).error for spec in site.specs.values())
 
     def _requested(self, site: Site, stream: str, phase: str) -> str:
         if stream == "aqn":
             relative = self.aqn is not None and self.aqn.relative_to == "rms"
             return "absolute-gaussian(schedule * rms)" if relative else "absolute-gaussian(schedule)"
         part, name = _FIELDS[stream]
-        spec = site.specs["train" if phase == "attach" else phase]
-        return getattr(getattr(spec, part), name) or "-"
+        asked = getattr(site.specs["train" if phase == "attach" else phase], part)
+        names = ("accumulator", "approximation", "error") if name == "error" else (name,)
+        return ", ".join(text for text in (getattr(asked, n, None) for n in names) if text) or "-"
 
     def _rule_text(self, site: Site) -> str:
         return f"rule {site.rule + 1} of {self.profile.name!r}" if site.rule is not None else "AQN"
@@ -522,9 +548,11 @@ class Emulation:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """Which ops a forward runs, and which of them are emulated; found when first asked for.
+        """Which ops a forward runs, and which of them are emulated: of the example, or a few tokens. Found when first
+        asked for.
 
         Raises:
+            ConfigError: the emulation was restored before.
             RealisationError: an op that a rule matches runs as torch makes it.
         """
         from aqnsim.emulation.coverage import coverage_of  # which attaches emulations itself
@@ -536,6 +564,11 @@ class Emulation:
 
     def materialise(self, site: Site, weight: nn.Parameter) -> None:
         """Write cast(W) into a frozen weight, once, and keep the master."""
+        if hasattr(weight, "placements"):  # a DTensor
+            raise ConfigError(
+                f"the frozen weight of {site.name!r} is sharded already, and cast(W) cannot be written into it: "
+                "emulate the model first, then call fully_shard"
+            )
         fmt = site.spec.forward.weight
         master = weight.data
         cast = partial(
@@ -550,7 +583,7 @@ class Emulation:
         value, stats = cast(True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
-        self._masters.append(_Frozen(site.name, weight, master, value, _digest(value), lambda: cast(False)[0]))
+        self._masters.append(_Frozen(site, weight, master, value, _digest(value), lambda: cast(False)[0]))
 
     def _check_frozen(self) -> None:
         for frozen in self._masters:
@@ -562,13 +595,14 @@ class Emulation:
         After an adapter was unmerged: adding and taking off its product leaves rounding errors in cast(W).
         """
         for frozen in self._masters:
+            frozen.check_place()
             frozen.value.copy_(frozen.cast())  # a merge adds in place, to this tensor
         self._hold(masters=self.is_off)
 
     @property
     def recast(self) -> list[str]:
         """Sites whose frozen weight was no value of its format: the cast at the attach changed it."""
-        return [f.site for f in self._masters if _digest(f.master) != f.digest]
+        return [f.site.name for f in self._masters if _digest(f.master) != f.digest]
 
     def _hold(self, masters: bool) -> None:
         for frozen in self._masters:
@@ -588,6 +622,7 @@ class Emulation:
             self._check_frozen()
             self._hold(masters=True)
         self._masters.clear()
+        self.is_restored = True
         while self._swaps:
             self._swaps.pop().undo()
         while self._undo:

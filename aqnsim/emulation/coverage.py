@@ -20,8 +20,7 @@ from torch import nn
 from aqnsim._errors import ConfigError, RealisationError
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.audit import Audit, Key, Work
-from aqnsim.emulation.discovery import Candidate, Structure, example_of, recording, run_example
-from aqnsim.emulation.functional import kind_of
+from aqnsim.emulation.discovery import Candidate, Structure, example_of, recording, refuse_emulated, run_example
 from aqnsim.emulation.sites import Site
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS
@@ -176,6 +175,7 @@ def survey(
     from aqnsim.emulation.attach import emulate  # which checks coverage itself, where it is strict
 
     kwargs = example_of(model, example, batch, length)
+    refuse_emulated(model)
     if profile is None:
         return _coverage(model, None, *_clean(model, kwargs))
     emulation = emulate(model, profile, example=kwargs)
@@ -189,8 +189,11 @@ def coverage_of(emulation: Emulation) -> Coverage:
     """The coverage of a model that is emulated.
 
     Raises:
+        ConfigError: it was restored before.
         RealisationError: an op that a rule matches runs as torch makes it.
     """
+    if emulation.is_restored:
+        raise ConfigError("coverage: the emulation was restored; ask for it before, or survey the model")
     kwargs = example_of(emulation.model, emulation.example)
     with emulation.detached() as model:
         found, audit = _clean(model, kwargs)
@@ -204,24 +207,24 @@ def coverage_of(emulation: Emulation) -> Coverage:
 def _clean(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[list[Candidate], Audit]:
     """The candidates of a model, and the audit of a forward of it as it is."""
     structure = Structure.of(model)
-    audit = Audit({c.module: _scope_kind(c.kind, c.module) for c in structure.ops})
-    with recording(structure.containers) as recorders:
-        with audit.listening(model, kwargs, lambda f, i, function, args: kind_of(f.operations[i], function, args)):
+    audit = Audit(kwargs, {c.module: _scope_kind(c.kind, c.module) for c in structure.ops})
+    with recording(structure.containers, audit) as recorders:
+        with audit.listening(model, lambda recorder, *call: recorder.kind_of(*call)):
             run_example(model, kwargs)
         return [*structure.ops, *structure.of_recorders(recorders)], audit
 
 
 def _scope_kind(kind: str, module: nn.Module) -> str:
-    return "experts" if st.is_experts(module) else kind
+    return "experts" if st.holds_experts(module) else kind
 
 
 def _emulated(emulation: Emulation, kwargs: Mapping[str, Any]) -> tuple[Audit, torch.Tensor]:
     """The audit of a forward of the emulated model, and how often each site acted; it leaves no receipts."""
     acting = [s for s in emulation.sites if not s.specs[emulation.current_phase].is_empty]
-    audit = Audit({s.module: _scope_kind(s.kind, s.module) for s in acting if s.ordinal is None})
+    audit = Audit(kwargs, {s.module: _scope_kind(s.kind, s.module) for s in acting if s.ordinal is None})
     state, moment = emulation.state_dict(), emulation.moment
     quiet = nullcontext() if emulation.noise is None else emulation.noise.paused()
-    with emulation.at(moment), quiet, audit.listening(emulation.model, kwargs, lambda f, i, *_: f.acting_kind(i)):
+    with emulation.at(moment), quiet, audit.listening(emulation.model, lambda f, i, *_: f.acting_kind(i)):
         run_example(emulation.model, kwargs)
     counted = emulation.totals - state["totals"]
     emulation.load_state_dict(state)
@@ -231,7 +234,7 @@ def _emulated(emulation: Emulation, kwargs: Mapping[str, Any]) -> tuple[Audit, t
 def _key(c: Candidate | Site) -> Key:
     if c.attends:
         return Key(c.module, c.ordinal, c.kind)
-    return Key(c.module, c.ordinal, c.weight or "" if c.ordinal is None and st.is_experts(c.module) else "")
+    return Key(c.module, c.ordinal, c.weight or "" if c.ordinal is None and st.holds_experts(c.module) else "")
 
 
 def _compare(emulation: Emulation, found: list[Candidate], clean: Audit, emulated: Audit, calls: torch.Tensor) -> None:

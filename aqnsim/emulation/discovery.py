@@ -15,6 +15,7 @@ from aqnsim._errors import ConfigError
 from aqnsim.emulation import modules as em
 from aqnsim.emulation import sites as st
 from aqnsim.emulation.attention import PARTS
+from aqnsim.emulation.audit import Activations
 from aqnsim.emulation.functional import Recorder
 from aqnsim.emulation.rewriting import FUNCTIONS, rewritten
 
@@ -60,10 +61,10 @@ class Structure:
                 continue
             kind = st.module_kind(module)
             if kind is None:
-                if not _is_rotary_table(module):
-                    found.containers[module] = name
+                found.containers[module] = name
                 continue
-            if kind != "experts":
+            experts = st.experts_of(module)
+            if experts is None or not experts.plain:  # the activation of a plain gate is an op of its own
                 inside.update(module.modules())
             found.ops.extend(_of_module(name, kind, module, found.routers))
         return found
@@ -83,8 +84,11 @@ def candidates(
     found = [c for c in structure.ops if c.kind in kinds]
     if not _may_compute(structure.containers, inner):
         return found
+    for module, name in structure.containers.items():
+        refuse_patched(name, module)
     kwargs = example_of(model, example)
-    with recording(structure.containers) as recorders:
+    activations = Activations(kwargs)
+    with recording(structure.containers, activations) as recorders, activations:
         run_example(model, kwargs)
     return [*found, *(c for c in structure.of_recorders(recorders) if c.kind in inner)]
 
@@ -113,7 +117,7 @@ def router_feeders(model: nn.Module, example: Mapping[str, Any] | None = None) -
 
     with ExitStack() as stack:
         for c in structure.ops:
-            if c.kind in ("norm", "linear") and not st.is_experts(c.module):
+            if c.kind in ("norm", "linear") and not st.holds_experts(c.module):
                 stack.callback(c.module.register_forward_hook(made).remove)
         for name, module in st.host_modules(model) if found else ():
             for router in found:
@@ -133,17 +137,16 @@ def router_feeders(model: nn.Module, example: Mapping[str, Any] | None = None) -
 def _of_module(name: str, kind: str, module: nn.Module, routers: set[str]) -> list[Candidate]:
     """The ops of a module that is an op as a whole, or a mixture's experts."""
     if kind == "experts":
-        parts = [Candidate(f"{name}.{w}", "linear", w, module, w) for w in ("gate_up_proj", "down_proj")]
-        between = (("multiply", "multiply"), ("weigh", "multiply"), ("combine", "add"))
+        experts = st.experts_of(module)
+        assert experts is not None
+        axis = -2 if experts.transposed else -1
+        parts = [Candidate(f"{name}.{w}", "linear", w, module, w, axis) for w in st.EXPERTS]
+        gate = ("multiply", "multiply") if experts.plain else ("gate", "activation")
+        between = (gate, ("weigh", "multiply"), ("combine", "add"))
         return [*parts, *(Candidate(f"{name}.{op}", kind, op, module) for op, kind in between)]
     axis = -2 if kind == "linear" and not isinstance(module, nn.Linear) else -1
     weight = "weight" if isinstance(module._parameters.get("weight"), nn.Parameter) else None
     return [Candidate(name, kind, st.role_of(name, kind, routers), module, weight, axis)]
-
-
-def _is_rotary_table(module: nn.Module) -> bool:
-    """Whether a module makes the tables of a rotary embedding: constants of the model, that no activation enters."""
-    return "inv_freq" in module._buffers and not any(True for _ in module.parameters())
 
 
 def _may_compute(containers: Mapping[nn.Module, str], kinds: Set[str]) -> bool:
@@ -166,16 +169,18 @@ def _of_recorder(name: str, module: nn.Module, recorder: Recorder, routers: set[
         suffix = f"_{same.index(f.operation.ordinal)}" if len(same) > 1 else ""
         for kind in kinds:
             own, weight = f"{name}.{kind}{suffix}".removeprefix("."), None
+            axis = -1
             if kind == "linear":
                 weight = f.operation.target or None
+                axis = -1 if f.operation.kind == "linear" else -2  # F.linear(x, W), or x @ W
                 own = name if weight == "weight" else f"{name}.{weight or kind}{'' if weight else suffix}"
             role, ordinal = st.role_of(own, kind, routers), f.operation.ordinal
-            found.append(Candidate(own, kind, role, module, weight, ordinal=ordinal, attends=f.kind == "attention"))
+            found.append(Candidate(own, kind, role, module, weight, axis, ordinal, attends=f.kind == "attention"))
     return found
 
 
 @contextmanager
-def recording(containers: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, Recorder]]:
+def recording(containers: Mapping[nn.Module, str], activations: Activations) -> Iterator[dict[nn.Module, Recorder]]:
     """Give every container whose source can be read a forward that records; take it away after."""
     recorders: dict[nn.Module, Recorder] = {}
     classes = {m: type(m) for m in containers}
@@ -183,7 +188,7 @@ def recording(containers: Mapping[nn.Module, str]) -> Iterator[dict[nn.Module, R
         for module, cls in classes.items():
             copy = rewritten(cls)
             if copy is not None:
-                recorders[module] = Recorder(copy.operations)
+                recorders[module] = Recorder(module, copy.operations, activations)
                 module.__dict__[FUNCTIONS] = recorders[module]
                 module.__class__ = em.rewritten_class(cls, copy)
         yield recorders
@@ -234,6 +239,26 @@ def run_example(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def refuse_patched(name: str, module: nn.Module) -> None:
+    """Refuse a module whose class's forward is not what runs: another class would have no effect."""
+    if "forward" in module.__dict__:
+        raise ConfigError(
+            f"{name!r} has a forward of its own, set on the module (by accelerate, a kernel library?), which runs in "
+            "place of its class's: emulate the model before, or exclude it in the profile"
+        )
+
+
+def refuse_emulated(model: nn.Module) -> None:
+    """Refuse a model that an emulation is at work on.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, module in st.host_modules(model):
+        if any(k.startswith("aqnsim_") for k in module.__dict__):
+            raise ConfigError(f"{name!r} is already emulated: restore() the first emulation before attaching another")
 
 
 def token_embedding(model: nn.Module) -> nn.Module | None:

@@ -5,16 +5,19 @@ Attaching swaps ``module.__class__``: parameters, state-dict keys, hooks and PEF
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aqnsim._errors import ConfigError
+from aqnsim.emulation import approximate
 from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.core import Emulation, Moment
 from aqnsim.emulation.rewriting import FUNCTIONS, Rewritten
-from aqnsim.emulation.sites import Norm
+from aqnsim.emulation.sites import Experts, Norm
 
 
 class _Class:
@@ -52,7 +55,7 @@ class EmulatedLinear(Emulated, nn.Linear):
         site = self.aqnsim_binding
         if not site.changes:
             return super().forward(input)
-        return site.linear(*_autocast(input, self.weight, self.bias))
+        return site.linear(input, self.weight, self.bias)
 
 
 class EmulatedTransposedLinear(Emulated):
@@ -66,8 +69,7 @@ class EmulatedTransposedLinear(Emulated):
         site = self.aqnsim_binding
         if not site.changes:
             return super().forward(x)  # type: ignore[misc]
-        x, weight, bias = _autocast(x, self.weight, self.bias)
-        return site.linear(x, weight.t(), bias)
+        return site.linear(x, self.weight.t(), self.bias)
 
 
 class EmulatedNorm(Emulated):
@@ -90,21 +92,28 @@ class EmulatedNorm(Emulated):
             weight = None if weight is None else site.enter_weight(weight)  # type: ignore[assignment]
         if noise:
             weight = site.noisy(weight.float())  # type: ignore[union-attr, assignment]
-        y = self.aqnsim_norm(x, weight, bias)
+        tables = site.plan.approximation if site.acts else ""
+        y = approximate.norm(self.aqnsim_norm, x, weight, bias, tables) if tables else self.aqnsim_norm(x, weight, bias)
         return site.leave(y, hidden_states.dtype, 0, rows) if site.acts else y.to(hidden_states.dtype)
 
 
 class EmulatedElementwise(Emulated):
-    """Mixed into an activation or an embedding: what it computes, in fp32, leaves as its site says."""
+    """Mixed into an activation: what it computes, in fp32, leaves as its site says.
+
+    Where it is computed from tables, ``aqnsim_tables`` has its function by the tables' text.
+    """
 
     aqnsim_binding: Binding
+    aqnsim_tables: dict[str, Callable[[Tensor], Tensor]]
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         site = self.aqnsim_binding
         if not site.acts:
             return super().forward(input, *args, **kwargs)  # type: ignore[misc]
         rows = site.rows(input)
-        y = super().forward(site.enter(input, 0, rows), *args, **kwargs)  # type: ignore[misc]
+        function = self.aqnsim_tables.get(site.plan.approximation)
+        entered = site.enter(input, 0, rows)
+        y = function(entered) if function else super().forward(entered, *args, **kwargs)  # type: ignore[misc]
         return site.leave(y, input.dtype, 0, rows)
 
 
@@ -123,14 +132,13 @@ class EmulatedEmbedding(Emulated):
 class EmulatedExperts(Emulated):
     """Mixed into a mixture's experts: each token's products run as the sites of their parameters say.
 
-    The other sites: ``multiply`` of gate and up, ``weigh`` by the router's weights, ``combine``, the sum over a token's
-    experts.
+    The other sites: ``multiply`` of a plain gate, or else the ``gate`` as one function; ``weigh`` by the router's
+    weights; ``combine``, the sum over a token's experts.
     """
 
     aqnsim_bindings: dict[str, Binding]
+    aqnsim_experts: Experts
     gate_up_proj: nn.Parameter
-    down_proj: nn.Parameter
-    act_fn: nn.Module
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Any:
         sites = self.aqnsim_bindings
@@ -150,14 +158,26 @@ class EmulatedExperts(Emulated):
         return self._combine(results).to(hidden_states.dtype)
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
-        gate, up = self._product("gate_up_proj", expert, x).chunk(2, -1)
-        return self._product("down_proj", expert, self._multiply("multiply", expert, self.act_fn(gate), up))
+        return self._product("down_proj", expert, self._gate(expert, self._product("gate_up_proj", expert, x)))
 
     def _product(self, name: str, expert: int, x: Tensor) -> Tensor:
-        weight, site = getattr(self, name)[expert], self.aqnsim_bindings.get(name)
+        experts, site = self.aqnsim_experts, self.aqnsim_bindings.get(name)
+        weight, bias = experts.weight(self, name, expert), experts.bias(self, name, expert)  # type: ignore[arg-type]
         if site is None or not site.changes:
-            return nn.functional.linear(x, weight)
-        return site.linear(*_autocast(x, weight, None), part=expert + 1)
+            return nn.functional.linear(x, weight, bias)
+        return site.linear(x, weight, bias, part=expert + 1)
+
+    def _gate(self, expert: int, x: Tensor) -> Tensor:
+        experts = self.aqnsim_experts
+        if experts.plain:
+            gate, up = x.chunk(2, -1)
+            return self._multiply("multiply", expert, self.act_fn(gate), up)  # type: ignore[attr-defined]
+        site = self.aqnsim_bindings.get("gate")
+        if site is None or not site.acts:
+            return experts.gate(self, x)  # type: ignore[arg-type]
+        rows, part = site.rows(x), expert + 1
+        y = experts.gate(self, site.enter(x, 0, rows, part))  # type: ignore[arg-type]
+        return site.leave(y, x.dtype, 0, rows, part)
 
     def _multiply(self, name: str, expert: int, a: Tensor, b: Tensor) -> Tensor:
         site = self.aqnsim_bindings.get(name)
@@ -199,23 +219,20 @@ class Recomputed(Emulated):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Operands in autocast's dtype, where it is on: torch does that for its own ops and not for ours."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
 def emulated_class(mixin: type, cls: type[nn.Module]) -> type[nn.Module]:
     """A module's class with a mixin before it; its name keeps the original's, so that matches by name still hold."""
     return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})
 
 
 def rewritten_class(cls: type[nn.Module], copy: Rewritten) -> type[nn.Module]:
-    """A module's class whose forward's operations go through :data:`FUNCTIONS`."""
-    return _container(cls, (Emulated, cls), {"forward": copy.forward, FUNCTIONS: None})
+    """A module's class whose forward's operations go through :data:`FUNCTIONS`; its own forward runs when off."""
+
+    @functools.wraps(copy.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = cls.forward if self.aqnsim_functions.is_off else copy.forward
+        return run(self, *args, **kwargs)
+
+    return _container(cls, (Emulated, cls), {"forward": forward, FUNCTIONS: None})
 
 
 def recomputed_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -56,6 +56,7 @@ TORCH: dict[Any, str] = {
     torch.relu: "activation",
     F.scaled_dot_product_attention: "attention",
     torch.add: "add",
+    torch.Tensor.index_add_: "add",
     torch.sub: "add",
     torch.mul: "multiply",
     torch.div: "multiply",
@@ -66,6 +67,9 @@ METHODS = {
     "matmul": torch.matmul,
     "mm": torch.mm,
     "bmm": torch.bmm,
+    "addmm": torch.addmm,
+    "baddbmm": torch.baddbmm,
+    "index_add_": torch.Tensor.index_add_,
     "softmax": torch.softmax,
     "log_softmax": torch.log_softmax,
     "sigmoid": torch.sigmoid,
@@ -228,7 +232,8 @@ class _Rewriter(ast.NodeTransformer):
         ):
             return node
         function, kind = _OPERATORS[type(node.op)]
-        return self._through(kind, self._constant(function), [node.left, node.right], [])
+        target = _own_attribute(node.right)
+        return self._through(kind, self._constant(function), [node.left, node.right], [], target)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> Any:
         self.generic_visit(node)
@@ -320,10 +325,15 @@ def _is_rope(function: Any) -> bool:
 
 
 def _target(node: ast.Call) -> str:
-    """The attribute of ``self`` that a linear multiplies by: of ``self.w`` or ``self.w[i]``, ``w``."""
+    """The attribute of ``self`` that a product multiplies by."""
     keyword = next((k.value for k in node.keywords if k.arg == "weight"), None)
     weight = keyword if keyword is not None else (node.args[1] if len(node.args) > 1 else None)
-    while isinstance(weight, ast.Subscript):
-        weight = weight.value
-    is_own = isinstance(weight, ast.Attribute) and isinstance(weight.value, ast.Name) and weight.value.id == "self"
-    return weight.attr if is_own else ""  # type: ignore[union-attr]
+    return _own_attribute(weight)
+
+
+def _own_attribute(node: ast.expr | None) -> str:
+    """The attribute of ``self`` that an expression reads: of ``self.w`` or ``self.w[i]``, ``w``; else empty."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if is_own else ""  # type: ignore[union-attr]

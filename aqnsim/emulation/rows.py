@@ -22,13 +22,11 @@ class Rows:
 
     Attributes:
         tokens: int64 ``[batch, length]``, sequence id << 20 | position, of the tokens that this forward computes.
-        ids: int64 ``[batch, 1]``, the sequences that the cached keys belong to.
-        padding: int64 ``[batch, 1]``, keys before a sequence's first token.
+        starts: int64 ``[batch, length]``, the index among the keys of the first token of each token's sequence.
     """
 
     tokens: Tensor
-    ids: Tensor
-    padding: Tensor
+    starts: Tensor
 
     def of(self, x: Tensor, heads: str = "") -> Tensor:
         """The logical rows of ``x``, whose last axis is the column.
@@ -54,15 +52,19 @@ class Rows:
         return self.tokens.reshape(-1)  # an op checks that they are as many as its rows
 
     def cached(self, x: Tensor) -> Tensor:
-        """The logical rows of keys or values ``[batch, heads, keys, width]``."""
-        positions = torch.arange(x.shape[2], device=self.tokens.device)[None] - self.padding
-        return _by_head(self.ids << POSITION_BITS | positions.clamp(min=0), x.shape[1], x.shape[3])
+        """The logical rows of keys or values ``[batch, heads, keys, width]``: of this forward's tokens, or of all that
+        came before the last one, which are of its sequence."""
+        if x.shape[2] == self.tokens.shape[1]:
+            return _by_head(self.tokens, x.shape[1], x.shape[3])
+        positions = torch.arange(x.shape[2], device=self.tokens.device)[None] - self.starts[:, -1:]
+        ids = self.tokens[:, -1:] >> POSITION_BITS
+        return _by_head(ids << POSITION_BITS | positions.clamp(min=0), x.shape[1], x.shape[3])
 
     def scores(self, query: Tensor) -> Tensor:
         """The logical rows of scores ``[batch, heads, length, keys]``: the query's token, and columns by head and the
         key's position."""
         heads = torch.arange(query.shape[1], device=query.device) << _HEAD_BITS
-        first = heads[None, :, None] + (1 << POSITION_BITS) - self.padding[:, :, None]
+        first = heads[None, :, None] + (1 << POSITION_BITS) - self.starts[:, None]
         return _pairs(self.tokens[:, None], first)
 
 
@@ -92,14 +94,17 @@ def rows_of_forward(kwargs: Mapping[str, Any], tokens: Tensor, sequences: Tensor
     device = tokens.device
     mask, cache, given = (kwargs.get(k) for k in ("attention_mask", "past_key_values", "position_ids"))
     past = cache.get_seq_length() if cache is not None else 0
-    padding = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    positions = torch.arange(length, device=device).expand(batch, -1) + past
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    indices = torch.arange(length, device=device).expand(batch, -1) + past
+    positions, starts = indices, torch.zeros_like(indices)
+    by_mask = isinstance(mask, Tensor) and mask.dim() == 2  # a static cache has a mask of four dimensions
+    if isinstance(mask, Tensor) and by_mask:
         counted = mask.long().cumsum(-1) - 1
-        padding = (counted < 0).sum(-1, keepdim=True)
+        starts = (counted < 0).sum(-1, keepdim=True).expand(-1, length)
         positions = counted[:, -length:]
     if isinstance(given, Tensor) and given.shape == (batch, length):
         positions = given.long()
+        if not by_mask or (sequences is not None and sequences.dim() == 2):
+            starts = indices - positions
     if length > 1 << POSITION_BITS:
         raise ConfigError(f"noise is keyed by positions below 2^{POSITION_BITS}, but a sequence has {length} tokens")
     if sequences is None:
@@ -111,4 +116,4 @@ def rows_of_forward(kwargs: Mapping[str, Any], tokens: Tensor, sequences: Tensor
         )
     else:
         ids = sequences.to(device) if sequences.dim() == 2 else sequences.to(device)[:, None]
-    return Rows(ids << POSITION_BITS | positions.clamp(min=0), ids[:, :1], padding)
+    return Rows(ids << POSITION_BITS | positions.clamp(min=0), starts)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from aqnsim.profiles import OpSpec
 
@@ -68,13 +72,36 @@ class Site:
 
 
 def canonical(name: str) -> str:
-    """A module's path without what PEFT puts around it.
+    """A module's path without what PEFT, torch.compile and checkpoint wrappers put around it.
 
     >>> canonical("base_model.model.model.layers.0.mlp.up_proj.base_layer")
     'model.layers.0.mlp.up_proj'
     """
-    parts = [p for p in name.removeprefix("base_model.model.").split(".") if p != "base_layer"]
-    return ".".join(parts)
+    parts = [p for p in name.split(".") if p not in _WRAPPERS]
+    return ".".join(parts).removeprefix("base_model.model.")
+
+
+_WRAPPERS = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel or of ``torch.compile(model)``, whose names and noise are its own."""
+    while isinstance(model, DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
+    return model
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Run a block on whole parameters: what ``fully_shard`` shards is gathered, and sharded again after."""
+    sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+    for m in sharded:
+        m.unshard()
+    try:
+        yield
+    finally:
+        for m in sharded:
+            m.reshard()
 
 
 def host_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -116,7 +143,7 @@ def module_kind(module: nn.Module) -> str | None:
         return "embedding"
     if isinstance(module, nn.Linear) or is_transposed_linear(module):
         return "linear"
-    if is_experts(module):
+    if experts_of(module) is not None:
         return "experts"
     if norm_of(module) is not None:
         return "norm"
@@ -135,14 +162,82 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return bias.shape == weight.shape[1:] and _same(y, x @ weight + bias)
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds the experts of a mixture as parameters ``[experts, outputs, inputs]``."""
-    up, down = (module._parameters.get(n) for n in ("gate_up_proj", "down_proj"))
-    if up is None or down is None or set(module._parameters) != {"gate_up_proj", "down_proj"}:
+EXPERTS = ("gate_up_proj", "down_proj")
+"""Names of the parameters that hold the experts of a mixture."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What the experts of a mixture compute: ``W_down gate(W_up x + b_up) + b_down``, biases where there are any.
+
+    Attributes:
+        transposed: whether the parameters are ``[experts, inputs, outputs]``, not ``[experts, outputs, inputs]``.
+        plain: whether the gate is ``act(first half) * second half``, rather than a function of the module's own.
+    """
+
+    transposed: bool
+    plain: bool
+
+    def weight(self, module: nn.Module, name: str, expert: int) -> Tensor:
+        """``[outputs, inputs]`` of one expert."""
+        weight: Tensor = getattr(module, name)[expert]
+        return weight.mT if self.transposed else weight
+
+    def bias(self, module: nn.Module, name: str, expert: int) -> Tensor | None:
+        """``[outputs]`` of one expert."""
+        bias: Tensor | None = getattr(module, f"{name}_bias", None)
+        return None if bias is None else bias[expert]
+
+    def gate(self, module: Any, x: Tensor) -> Tensor:
+        """The gate of ``[..., 2 width]``."""
+        if not self.plain:
+            return module._apply_gate(x)  # type: ignore[no-any-return]
+        gate, up = x.chunk(2, -1)
+        return module.act_fn(gate) * up  # type: ignore[no-any-return]
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module's parameters are the experts of a mixture, by their names and shapes."""
+    return _transposed(module) is not None
+
+
+def _transposed(module: nn.Module) -> bool | None:
+    up, down = (module._parameters.get(n) for n in EXPERTS)
+    own = {n.removesuffix("_bias") for n in module._parameters}
+    if up is None or down is None or own != set(EXPERTS) or up.dim() != 3 or down.dim() != 3:
+        return None
+    if (up.shape[1], up.shape[2]) == (2 * down.shape[2], down.shape[1]):
         return False
-    if up.dim() != 3 or down.dim() != 3 or up.shape[1] != 2 * down.shape[2] or up.shape[2] != down.shape[1]:
-        return False
-    return isinstance(getattr(module, "act_fn", None), nn.Module)
+    return True if (up.shape[1], up.shape[2]) == (down.shape[2], 2 * down.shape[1]) else None
+
+
+def experts_of(module: nn.Module) -> Experts | None:
+    """What experts a module holds, by what it does to a probe; None if it holds none, or does something else."""
+    transposed = _transposed(module)
+    if transposed is None:
+        return None
+    up = module.get_parameter(EXPERTS[0])
+    width = up.shape[1] if transposed else up.shape[2]
+    is_possible = {True: isinstance(getattr(module, "act_fn", None), nn.Module), False: hasattr(module, "_apply_gate")}
+    for candidate in (Experts(transposed, plain) for plain in (True, False) if is_possible[plain]):
+        if all(_is_expert(module, candidate, _probe(2, width).to(up), largest) for largest in (1.0, 64.0)):
+            return candidate
+    return None
+
+
+@torch.no_grad()
+def _is_expert(module: nn.Module, experts: Experts, x: Tensor, largest: float) -> bool:
+    """Whether the first expert does to a probe what is expected, with gates up to ``largest``: some are clamped."""
+    product = nn.functional.linear(x, experts.weight(module, EXPERTS[0], 0))
+    x = x * (largest / product.abs().max().clamp(min=1e-6))
+    first, weights = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device), torch.ones(len(x), 1).to(x)
+    expected = x
+    for name in EXPERTS:
+        weight, bias = experts.weight(module, name, 0), experts.bias(module, name, 0)
+        expected = nn.functional.linear(expected, weight, bias)
+        expected = experts.gate(module, expected) if name == EXPERTS[0] else expected
+    y = _called(module, x, first, weights)
+    return y is not None and y.shape == expected.shape and bool((y - expected).norm() <= 0.02 * expected.norm())
 
 
 @dataclass(frozen=True)
@@ -219,18 +314,28 @@ def _is_activation(module: nn.Module) -> bool:
     return moved is not None and _same(moved.flip(0, 1), y) and not linear
 
 
+def activation_of(module: nn.Module) -> str | None:
+    """Which activation a module is, by what it does: ``silu``, ``gelu-erf`` or ``gelu-tanh``; else None."""
+    x = torch.linspace(-6.0, 6.0, 481)
+    y = _called(module, x)
+    known = {"silu": F.silu(x), "gelu-erf": F.gelu(x), "gelu-tanh": F.gelu(x, approximate="tanh")}
+    close = (name for name, z in known.items() if y is not None and torch.allclose(y, z, rtol=1e-5, atol=1e-6))
+    return next(close, None)
+
+
 def _probe(*shape: int) -> Tensor:
     count = int(torch.tensor(shape).prod())
     return torch.cos(torch.arange(count).float() * 1.7).reshape(shape)
 
 
-def _called(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a module's forward gives, without its hooks: this is no forward of the model. None if it takes no such x."""
+def _called(module: nn.Module, *args: Tensor) -> Tensor | None:
+    """What a module's forward gives, without its hooks: this is no forward of the model. None if it takes no
+    such arguments."""
     was_training = module.training
     module.training = False
     try:
         with torch.no_grad():
-            y = module.forward(x)
+            y = module.forward(*args)
     except (TypeError, RuntimeError, ValueError, IndexError, NotImplementedError, AttributeError, KeyError):
         return None  # it wants other arguments: so it is another kind of module
     finally:

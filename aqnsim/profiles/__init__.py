@@ -107,6 +107,9 @@ class Profile:
         source: where the choices come from, as a table of strings.
         exclude: globs of site names or roles that no rule reaches; they need not match anything.
         rules: the first that matches wins; each must match some site.
+
+    Raises:
+        ConfigError: a name, description or source that is no text, or no source.
     """
 
     name: str
@@ -114,6 +117,14 @@ class Profile:
     source: Mapping[str, str]
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError(f"profile {self.name!r}: a [source] table must say where the choices come from")
+        texts = {"name": self.name, "description": self.description}
+        for what, text in (texts | {f"source.{key}": value for key, value in self.source.items()}).items():
+            if not isinstance(text, str):
+                raise ConfigError(f"profile {self.name!r}: {what} must be a text, got {text!r}")
 
     def rule_for(self, kind: str, site: str, role: str = "", phase: str = "train") -> int | None:
         """Index of the rule that applies to a site in a phase, or None."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from aqnsim import accumulator, errors, formats
+from aqnsim import accumulator, approximation, errors, formats
 from aqnsim._errors import ConfigError, did_you_mean
 
 GEMMS = ("linear", "matmul", "qk", "pv")
@@ -35,13 +35,44 @@ KINDS = (*GEMMS, *ELEMENTWISE)
 BIASES = ("exact", "missed")
 
 
-def _canonical_format(name: Any, where: str) -> str | None:
-    """One text for one format, so that two spellings of it have the same fingerprint."""
-    if name is None:
+@lru_cache(maxsize=1024)
+def operand(text: str) -> tuple[str, errors.BitFlip | None]:
+    """The format of a text such as ``mxfp4`` or ``mxfp4 + bit-flip(rate=1e-6, target=codes)``, and the fault in it.
+
+    Raises:
+        ConfigError: what stands after the format is not one flip of its codes or scales.
+        UnknownNameError: no such format or error model.
+
+    >>> operand("mxfp4"), operand("hif8 + bit-flip(rate=0.5, target=codes)")[1].rate
+    (('mxfp4', None), 0.5)
+    """
+    name, plus, fault = text.partition(" + ")
+    fmt = str(formats.get(name.strip()))
+    if not plus:
+        return fmt, None
+    model = errors.parse(fault)
+    if not isinstance(model, errors.BitFlip) or model.target == "value":
+        raise ConfigError(
+            f"operand {text!r}: after a format stands a bit-flip with target=codes or target=scales, got {fault!r}; "
+            "other errors act on results"
+        )
+    return fmt, model
+
+
+def operand_draws(text: str) -> bool:
+    """Whether an operand's cast draws random numbers: its rounding is stochastic or it has a fault."""
+    fmt, fault = operand(text)
+    return fault is not None or bool(formats.random_bits(formats.get(fmt)))
+
+
+def _canonical_operand(text: Any, where: str) -> str | None:
+    """One text for one format and fault, so that two spellings of it have the same fingerprint."""
+    if text is None:
         return None
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}: expected the name of a format, got {name!r}")
-    return str(formats.get(name))
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected the name of a format, got {text!r}")
+    fmt, fault = operand(text)
+    return fmt if fault is None else f"{fmt} + {fault}"
 
 
 def _canonical_error(text: Any, where: str) -> str | None:
@@ -50,7 +81,7 @@ def _canonical_error(text: Any, where: str) -> str | None:
         return None
     if not isinstance(text, str):
         raise ConfigError(f"{where}: expected an error model's text, got {text!r}")
-    return str(errors.parse(text))
+    return errors.chain_text(errors.chain(text))
 
 
 def _canonical_accumulator(text: Any, where: str) -> str | None:
@@ -62,13 +93,23 @@ def _canonical_accumulator(text: Any, where: str) -> str | None:
     return str(accumulator.get(text))
 
 
+def _canonical_approximation(text: Any, where: str) -> str | None:
+    """The tables' canonical text."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ConfigError(f"{where}: expected the text of tables, got {text!r}")
+    return str(approximation.parse(text))
+
+
 _CANONICAL = {
-    "input": _canonical_format,
-    "weight": _canonical_format,
-    "grad": _canonical_format,
-    "output": _canonical_format,
+    "input": _canonical_operand,
+    "weight": _canonical_operand,
+    "grad": _canonical_operand,
+    "output": _canonical_operand,
     "error": _canonical_error,
     "accumulator": _canonical_accumulator,
+    "approximation": _canonical_approximation,
 }
 
 
@@ -96,9 +137,12 @@ class Forward(_Part):
 
     Attributes:
         input: format of the first operand; of every operand of an elementwise op, with blocks along its last axis.
+            After a format, `` + bit-flip(...)`` flips bits of its codes or scales; so for every format below.
         weight: format of the second operand: a weight, the keys of ``qk``, the values of ``pv``.
         accumulator: how the products are added, a name of :data:`aqnsim.accumulator.MATRIX_UNITS` or an accumulator's
             text; None adds as torch does, in fp32.
+        approximation: tables that the op's elementary functions are read from, see :mod:`aqnsim.approximation`: of
+            ``exp`` for softmax and SiLU (and ``reciprocal``), ``rsqrt`` for norms, ``erf`` or ``tanh`` for GELU.
         error: the error model.
         output: format of the result, with blocks along its last axis.
         bias: ``exact`` adds the bias of a linear layer after the error, ``missed`` before it.
@@ -107,6 +151,7 @@ class Forward(_Part):
     input: str | None = None
     weight: str | None = None
     accumulator: str | None = None
+    approximation: str | None = None
     error: str | None = None
     output: str | None = None
     bias: str = "exact"
@@ -178,12 +223,32 @@ class GradWeight(_Gradient):
 PARTS: dict[str, type[Any]] = {"forward": Forward, "grad_input": GradInput, "grad_weight": GradWeight}
 """The directions of an op."""
 
-_ELEMENTWISE_FIELDS = {
-    "forward": ("input", "error", "output"),
-    "grad_input": ("grad", "error", "output"),
-    "grad_weight": ("error", "output"),
+_FROM_TABLES: dict[str, tuple[str, ...]] = {
+    "softmax": ("exp", "reciprocal"),
+    "norm": ("rsqrt",),
+    "activation": (),  # which function an activation is, the model says
 }
-_WITH_WEIGHT = ("norm", "embedding", "conv")
+"""Kinds of op that are computed from tables, and of what."""
+
+
+def fields_of(kind: str) -> dict[str, tuple[str, ...]]:
+    """What an op of a kind may be asked for, direction by direction.
+
+    >>> fields_of("embedding")
+    {'forward': ('error', 'output'), 'grad_input': ('grad',), 'grad_weight': ()}
+    """
+    if kind in GEMMS:
+        of_tables = ("approximation",)
+        return {n: tuple(f.name for f in dataclasses.fields(c) if f.name not in of_tables) for n, c in PARTS.items()}
+    if kind == "embedding":  # a look-up has no operand to cast, and its table's gradient is the one that comes in
+        return {"forward": ("error", "output"), "grad_input": ("grad",), "grad_weight": ()}
+    tables = ("approximation",) if kind in _FROM_TABLES else ()
+    weight = ("weight",) if kind == "conv" else ()
+    return {
+        "forward": ("input", *weight, *tables, "error", "output"),
+        "grad_input": ("grad", "error", "output"),
+        "grad_weight": ("error", "output") if kind in ("norm", "conv") else (),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,14 +293,18 @@ class OpSpec:
 
     @property
     def draws(self) -> bool:
-        """Whether anything random enters: an error or a stochastic rounding."""
-        return self.has_error or any(formats.random_bits(formats.get(f)) for f in self.formats)
+        """Whether anything random enters: an error, a stochastic rounding or a fault."""
+        return self.has_error or any(operand_draws(text) for text in self._operands)
 
     @property
     def formats(self) -> list[str]:
         """Every format that is named, sorted."""
-        named = (v for _, part in self.parts for k, v in part.asked.items() if _CANONICAL.get(k) is _canonical_format)
-        return sorted(set(named))
+        return sorted({operand(text)[0] for text in self._operands})
+
+    @property
+    def _operands(self) -> set[str]:
+        fields = ((k, v) for _, part in self.parts for k, v in part.asked.items())
+        return {v for k, v in fields if _CANONICAL.get(k) is _canonical_operand}
 
     def check(self, kind: str, where: str) -> None:
         """Refuse what an op of a kind has not got.
@@ -243,20 +312,15 @@ class OpSpec:
         Raises:
             ConfigError: such as a weight format for a softmax.
         """
-        if kind in GEMMS:
-            return
-        for name, part in self.parts:
-            allowed = _ELEMENTWISE_FIELDS[name]
-            if name == "grad_weight" and kind not in _WITH_WEIGHT:
-                allowed = ()
-            if kind == "conv" and name == "forward":
-                allowed = (*allowed, "weight")
-            for key in part.asked:
+        for name, allowed in fields_of(kind).items():
+            for key in getattr(self, name).asked:
                 if key not in allowed:
                     raise ConfigError(
                         f"{where}: {name}.{key} means nothing for an op of kind {kind!r}; "
                         f"there it may have: {', '.join(allowed) or 'nothing'}"
                     )
+        if self.forward.approximation is not None and _FROM_TABLES[kind]:
+            approximation.parse(self.forward.approximation).check(f"{where}: a {kind}", *_FROM_TABLES[kind])
 
 
 def plain(value: Any) -> Any:

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from aqnsim.errors import AbsoluteGaussian, ErrorModel, RelativeGaussian
-from aqnsim.reference.rounding import F32, U32
+from aqnsim.errors import (
+    AbsoluteGaussian,
+    BitFlip,
+    DeadZone,
+    ErrorModel,
+    RelativeGaussian,
+    Saturation,
+    Spike,
+    Stuck,
+    SystematicBias,
+)
+from aqnsim.reference.rounding import F32, U32, to_bf16
+from aqnsim.rng import coordinates
+
+I64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
 
 
 def philox(counter: U32, key: tuple[int, int]) -> U32:
@@ -68,46 +86,141 @@ def box_muller(radius_word: U32, angle_word: U32) -> tuple[F32, F32]:
     return radius * cos, radius * sin
 
 
-def random_words(rows: npt.NDArray[np.int64], columns: int, key: int, step: int) -> U32:
-    """One random word for each column of each of the logical ``rows``, ``[len(rows), columns]``; see aqnsim.rng."""
-    blocks = -(-columns // 4)
-    ids = np.asarray(rows, np.int64).view(np.uint64)
-    shape = (len(ids), blocks)
+def random_words(rows: I64, columns: int, key: int, word: int) -> U32:
+    """One random word for each column of each of the logical ``rows``, ``[len(rows), columns]``.
+
+    Args:
+        rows: ``[n]``, or ``[n, 2]`` with the column at which each row begins.
+        key, word: of :func:`aqnsim.rng.coordinates`.
+    """
+    return _columns(_blocks(rows, columns, key, word), rows, columns)
+
+
+def normal(rows: I64, columns: int, key: int, word: int) -> F32:
+    """Standard normals ``[len(rows), columns]`` of the logical ``rows``: two from each pair of random words."""
+    words = _blocks(rows, columns, key, word)
+    z = np.stack(box_muller(words[..., 0::2], words[..., 1::2]), axis=-1).reshape(words.shape)
+    return _columns(z, rows, columns)
+
+
+def _first(rows: I64) -> I64:
+    return rows[:, 1] if rows.ndim == 2 else np.zeros(len(rows), np.int64)
+
+
+def _blocks(rows: I64, columns: int, key: int, word: int) -> U32:
+    """The Philox blocks ``[rows, blocks, 4]`` that so many columns need, wherever in a block they begin."""
+    first, ids = _first(rows) // 4, (rows[:, 0] if rows.ndim == 2 else rows).view(np.uint64)
+    shape = (len(ids), (columns + 6) // 4)
     counter = np.stack(
         [
-            np.broadcast_to(np.arange(blocks, dtype=np.uint32), shape),
+            (first[:, None] + np.arange(shape[1])).astype(np.uint32),
             np.broadcast_to((ids & np.uint64(0xFFFFFFFF)).astype(np.uint32)[:, None], shape),
             np.broadcast_to((ids >> np.uint64(32)).astype(np.uint32)[:, None], shape),
-            np.full(shape, step, np.uint32),
+            np.full(shape, word, np.uint32),
         ]
     )
-    words = philox(counter, (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF))
-    return np.moveaxis(words, 0, -1).reshape(len(ids), 4 * blocks)[:, :columns]
+    return np.moveaxis(philox(counter, (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF)), 0, -1)
 
 
-def normal(rows: npt.NDArray[np.int64], columns: int, key: int, step: int) -> F32:
-    """Standard normals ``[len(rows), columns]`` of the logical ``rows``: two from each pair of random words."""
-    words = random_words(rows, -(-columns // 4) * 4, key, step)
-    z = np.stack(box_muller(words[:, 0::2], words[:, 1::2]), axis=-1)
-    return z.reshape(len(words), -1)[:, :columns]
+def _columns(blocks: npt.NDArray[Any], rows: I64, columns: int) -> npt.NDArray[Any]:
+    taken = _first(rows)[:, None] % 4 + np.arange(columns)
+    return np.take_along_axis(blocks.reshape(len(rows), 4 * blocks.shape[1]), taken, axis=1)
 
 
-def perturb(y: F32, error: ErrorModel, key: int, step: int, rows: npt.NDArray[np.int64] | None = None) -> F32:
-    """``y`` with the error added in fp32; the last axis is the column, all others together the row.
+@dataclass(frozen=True)
+class _Draws:
+    """What one model of a chain draws for its elements."""
 
-    Infinities and NaNs pass unchanged.
+    model: ErrorModel
+    place: int
+    key: int
+    clock: int
+    rows: I64
+    columns: int
+
+    def at(self, part: int) -> tuple[int, int]:
+        return coordinates(self.key, self.clock, self.model.draw, self.place, part)  # type: ignore[attr-defined]
+
+    def normal(self, part: int = 0) -> F32:
+        return normal(self.rows, self.columns, *self.at(part))
+
+    def words(self, part: int = 0) -> U32:
+        return random_words(self.rows, self.columns, *self.at(part))
+
+    def hits(self) -> Bool:
+        """Which elements a model with a rate hits."""
+        lanes = getattr(self.model, "lanes", 0)
+        words = self.words() if not lanes else self._lane_words(lanes)
+        return words <= np.uint32(self.model.last_hit)  # type: ignore[attr-defined]
+
+    def _lane_words(self, lanes: int) -> U32:
+        lane = (_first(self.rows)[:, None] + np.arange(self.columns)) % lanes
+        used, index = np.unique(lane, return_inverse=True)
+        at = np.stack([np.zeros_like(used), used], axis=1)
+        return random_words(at, 1, *self.at(0)).reshape(-1)[index].reshape(lane.shape)
+
+
+def _missed(y: F32, model: ErrorModel, draws: _Draws, magnitude: F32 | None, bf16: bool) -> tuple[F32, Bool | None]:
+    """``y`` after one model, and the elements that a model with a rate hits."""
+    match model:
+        case RelativeGaussian():
+            unit = y if magnitude is None or model.reference == "output" else magnitude
+            return y + (np.float32(model.sigma) * draws.normal()) * np.abs(unit), None
+        case AbsoluteGaussian():
+            return y + np.float32(model.sigma) * draws.normal(), None
+        case SystematicBias():
+            return y + (np.float32(model.gain) * y + np.float32(model.offset)), None
+        case DeadZone():
+            return np.where(np.abs(y) < np.float32(model.threshold), np.float32(0), y), None
+        case Saturation():
+            return np.clip(y, -np.float32(model.limit), np.float32(model.limit)), None
+        case Spike():
+            hit = draws.hits()
+            return np.where(hit, np.float32(model.size) * draws.normal(part=1), y), hit
+        case Stuck():
+            hit = draws.hits()
+            return np.where(hit, np.float32(model.value), y), hit
+        case BitFlip():
+            hit, low = draws.hits(), 16 if bf16 else 0  # bf16 is the upper half of the pattern
+            bit = model.bit if model.bit >= 0 else draws.words(part=1) >> np.uint32(28 if bf16 else 27)
+            flipped = y.view(np.uint32) ^ np.uint32(1) << np.asarray(bit + low, np.uint32)
+            return np.where(hit, flipped.view(np.float32), y), hit
+    raise NotImplementedError(f"the reference has no branch for {model}")
+
+
+def perturb(
+    y: F32,
+    models: Sequence[ErrorModel],
+    key: int,
+    clock: int,
+    rows: I64 | None = None,
+    magnitude: F32 | None = None,
+    bf16: bool = False,
+) -> tuple[F32, int]:
+    """``y`` after a chain of error models, in fp32, and the number of hits by models that have a rate.
+
+    Infinities and NaNs pass each model unchanged, and are never hit.
+
+    Args:
+        y: the last axis is the column, all others together the row.
+        key, clock: see :mod:`aqnsim.rng`.
+        rows: int64 ``[n]`` or ``[n, 2]``; default 0, 1, 2, ...
+        magnitude: ``|A| @ |B|`` of a product, as ``y``; for ``reference=absdot``.
+        bf16: whether the result is stored in bfloat16, whose pattern a bit flip then changes.
     """
     y = np.asarray(y, np.float32)
     if y.size == 0:
-        return y
+        return y, 0
     columns = y.shape[-1] if y.ndim else 1
-    flat = y.reshape(-1, columns)
-    z = normal(np.arange(len(flat)) if rows is None else rows, columns, key, step)
-    with np.errstate(all="ignore"):
-        if isinstance(error, RelativeGaussian):
-            missed = flat + (np.float32(error.sigma) * z) * np.abs(flat)
-        elif isinstance(error, AbsoluteGaussian):
-            missed = flat + np.float32(error.sigma) * z
-        else:
-            raise NotImplementedError(f"the reference has no branch for {error}")
-    return np.where(np.isfinite(flat), missed, flat).reshape(y.shape)
+    flat, total = y.reshape(-1, columns), 0
+    rows = np.arange(len(flat)) if rows is None else rows
+    magnitude = None if magnitude is None else magnitude.reshape(flat.shape)
+    for place, model in enumerate(models):
+        if isinstance(model, BitFlip) and bf16:
+            flat = to_bf16(flat)
+        with np.errstate(all="ignore"):
+            missed, hit = _missed(flat, model, _Draws(model, place, key, clock, rows, columns), magnitude, bf16)
+        finite = np.isfinite(flat)
+        total += 0 if hit is None else int(np.sum(hit & finite))
+        flat = np.where(finite, missed, flat)
+    return flat.reshape(y.shape), total

@@ -41,7 +41,7 @@ AQN_HD float abs_of(float x) { return float_of(bits_of(x) & kAbsMask); }
 AQN_HD bool is_finite(float x) { return (bits_of(x) & kAbsMask) < kInfBits; }
 AQN_HD bool is_nan(float x) { return (bits_of(x) & kAbsMask) > kInfBits; }
 // Other bits, where all NaNs count as one: a payload means nothing, and devices differ in it.
-AQN_HD bool differs(float a, float b) { return bits_of(a) != bits_of(b) && !(is_nan(a) && is_nan(b)); }
+AQN_HD bool differs(float a, float b) { return (bits_of(a) != bits_of(b)) & !(is_nan(a) & is_nan(b)); }
 AQN_HD float with_sign_of(float magnitude, float x) { return float_of(bits_of(magnitude) | (bits_of(x) & kSignBit)); }
 
 // 2^e for -127 <= e <= 127; 2^-127 is the fp32 subnormal that E8M0 can name.

@@ -146,19 +146,16 @@ void round_all(float* y, const float* x, const uint32_t* words, int n, const Ele
 // What a cast did to n values: x in, y stored, and what was rounded to the element format.
 AQN_HD void measure_cast(const float* x, const float* y, const float* scaled, int n, const Element& f, Sums& sums) {
   const float highest = f.max, lowest = -f.max_negative;
-  for (int i = 0; i < n; i += kLanes) {
-    const int lanes = std::min(kLanes, n - i);
-#pragma omp simd
-    for (int j = 0; j < lanes; ++j) {
-      const float e = y[i + j] - x[i + j];
-      const bool finite = is_finite(e);  // one Inf must not spoil the sums of all others
-      sums.error2[j] += finite ? e * e : 0.0f;
-      sums.reference2[j] += finite ? x[i + j] * x[i + j] : 0.0f;
-      sums.changed[j] += differs(y[i + j], x[i + j]) ? 1 : 0;
-      sums.saturated[j] += scaled[i + j] > highest || scaled[i + j] < lowest ? 1 : 0;
-      sums.nonfinite[j] += is_finite(y[i + j]) ? 0 : 1;
-    }
-  }
+  in_lanes(n, [&](int i, int lane) {
+    const float before = x[i], after = y[i], rounded = scaled[i];
+    const bool finite = is_finite(before) & is_finite(after);  // one Inf must not spoil the sums of all others
+    const double from = finite ? before : 0.0f, to = finite ? after : 0.0f, e = to - from;
+    sums.error2[lane] += e * e;
+    sums.reference2[lane] += from * from;
+    sums.changed[lane] += differs(after, before) ? 1 : 0;
+    sums.saturated[lane] += (rounded > highest) | (rounded < lowest) ? 1 : 0;
+    sums.nonfinite[lane] += is_finite(after) ? 0 : 1;
+  });
 }
 
 }  // namespace

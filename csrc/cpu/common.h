@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -14,13 +13,16 @@ namespace {
 
 constexpr int kLanes = 16;
 
-// Float partial sums in lanes, flushed into doubles before they grow long.
+// Partial sums in lanes. Squares are made and added in fp64, where those of all finite fp32 values are finite and not
+// 0.
 struct Sums {
-  float error2[kLanes] = {}, reference2[kLanes] = {}, injected2[kLanes] = {};
+  double error2[kLanes] = {}, reference2[kLanes] = {}, injected2[kLanes] = {};
   int32_t changed[kLanes] = {}, saturated[kLanes] = {}, nonfinite[kLanes] = {}, injected_n[kLanes] = {};
+  int64_t hits = 0;
 
   void flush(Stats& s, int64_t count) {
     s.count += static_cast<double>(count);
+    s.hits += static_cast<double>(hits);
     for (int j = 0; j < kLanes; ++j) {
       s.error2 += error2[j];
       s.reference2 += reference2[j];
@@ -45,8 +47,21 @@ Stats total(const std::vector<Stats>& parts) {
     t.injected_n += p.injected_n;
     t.saturated += p.saturated;
     t.nonfinite += p.nonfinite;
+    t.hits += p.hits;
   }
   return t;
+}
+
+// body(i, lane) for n values, a fixed number of lanes at a time: a loop of known length is what compilers vectorise
+// best.
+template <class Body>
+AQN_HD void in_lanes(int n, const Body& body) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) body(i + j, j);
+  }
+  for (int j = 0; i + j < n; ++j) body(i + j, j);
 }
 
 template <class T>

@@ -2,6 +2,8 @@
 // by chunk of K over a block of rows, so that a chunk of b is split into significands and exponents once a block.
 #pragma once
 
+#include <memory>
+
 #include "../core/accumulate.h"
 #include "common.h"
 
@@ -14,23 +16,25 @@ constexpr int kColumns = 64, kRows = 64;
 struct Operands {
   std::vector<float> value, significand;
   std::vector<int> exponent, aligned;
-  bool special = false;       // whether there is an infinity or a NaN
-  int largest = kNoExponent;  // the largest exponent
+  bool special = false;                                // whether there is an infinity or a NaN
+  int smallest = -kNoExponent, largest = kNoExponent;  // exponents
 
   explicit Operands(int64_t n) : value(n), significand(n), exponent(n), aligned(n) {}
 
   void split(const Accumulator& k, int64_t n) {
-    int specials = 0, highest = kNoExponent;
-#pragma omp simd reduction(+ : specials) reduction(max : highest)
+    int specials = 0, lowest = -kNoExponent, highest = kNoExponent;
+#pragma omp simd reduction(+ : specials) reduction(min : lowest) reduction(max : highest)
     for (int64_t i = 0; i < n; ++i) {
       const Operand o = operand_of(value[i], k);
       significand[i] = o.significand;
       exponent[i] = o.exponent;
       aligned[i] = o.aligned;
       specials += is_finite(value[i]) ? 0 : 1;
+      lowest = std::min(lowest, o.exponent == kNoExponent ? -kNoExponent : o.exponent);
       highest = larger(highest, o.aligned);
     }
     special = specials != 0;
+    smallest = lowest;
     largest = highest;
   }
 
@@ -55,6 +59,12 @@ struct BlockSums {
   }
 };
 
+// Whether products of the values, and the units that they are cut to, stay among fp32's normal numbers. If not,
+// products of significands do.
+bool stays_normal(const Operands& a, const Operands& b, const Accumulator& k) {
+  return !a.special && !b.special && a.largest + b.largest <= 125 && a.smallest + b.smallest >= k.fraction_bits - 126;
+}
+
 // The sum of the products at first, first + Step, ... under their largest exponent, which is raised to `largest`.
 template <class Term, class Sum, bool Nearest, int Step>
 AQN_HD void add_products(Sum* sum, int* largest, const Operands& a, const Operands& b, int64_t row, int first,
@@ -65,6 +75,18 @@ AQN_HD void add_products(Sum* sum, int* largest, const Operands& a, const Operan
 #pragma omp simd
     for (int j = 0; j < kColumns; ++j) largest[j] = larger(largest[j], own + others[j]);
   }
+  if (stays_normal(a, b, k)) {
+    float scale[kColumns];
+#pragma omp simd
+    for (int j = 0; j < kColumns; ++j) scale[j] = exp2_of(std::min(k.fraction_bits - largest[j], 127));
+    for (int i = first; i < k.chunk; i += Step) {
+      const float x = a.value[row * k.chunk + i];
+      const float* values = b.value.data() + i * kColumns;
+#pragma omp simd
+      for (int j = 0; j < kColumns; ++j) sum[j] += static_cast<Sum>(cut<Term, Nearest>(x * values[j] * scale[j]));
+    }
+    return;
+  }
   for (int i = first; i < k.chunk; i += Step) {
     const float s = a.significand[row * k.chunk + i];
     const int e = a.exponent[row * k.chunk + i];
@@ -73,7 +95,7 @@ AQN_HD void add_products(Sum* sum, int* largest, const Operands& a, const Operan
 #pragma omp simd
     for (int j = 0; j < kColumns; ++j) {
       const int below = larger(e + exponents[j] - largest[j], -64);  // a summand so far below is cut to 0
-      const float scale = float_of(static_cast<uint32_t>(below + k.fraction_bits + 127) << 23);
+      const float scale = exp2_of(below + k.fraction_bits);
       sum[j] += static_cast<Sum>(cut<Term, Nearest>(s * significands[j] * scale));
     }
   }

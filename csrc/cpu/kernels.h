@@ -18,10 +18,11 @@ struct Stats {
   double changed = 0;     // elements whose stored value differs from the stored input
   double error2 = 0;      // sum of (stored output - stored input)^2
   double reference2 = 0;  // sum of (input)^2
-  double injected2 = 0;   // perturb: sum of ((y' - y) / |y|)^2, or of (y' - y)^2, before the output is rounded
+  double injected2 = 0;   // perturb by one Gaussian model: sum of ((y' - y) / its unit)^2, before the output is rounded
   double injected_n = 0;  // elements in injected2
   double saturated = 0;   // cast: elements that were beyond the element format's range when they reached it
   double nonfinite = 0;   // elements that came out NaN or Inf
+  double hits = 0;        // perturb: hits by models that have a rate
 };
 
 // A contiguous tensor seen as [batch, high, wide] matrices; blocks lie along `wide`.
@@ -40,17 +41,22 @@ struct CastArgs {
   int threads;
 };
 
-// A contiguous [rows, columns] tensor; word j of an element's Philox block is column % 4.
+// The logical rows of a matrix: none for 0, 1, 2, ..., one number a row, or pairs of a row and its first column.
+struct RowIds {
+  const int64_t* at;
+  bool pairs;
+};
+
+// A contiguous [rows, columns] tensor and the chain of models that act on it.
 struct PerturbArgs {
   const void* y;
   void* out;
   Dtype in_dtype, out_dtype;
   int64_t rows, columns;
-  const int64_t* row_ids;  // optional: logical row of each row; default 0, 1, 2, ...
-  uint64_t key;
-  uint32_t step;
-  ErrorKind kind;
-  float sigma;
+  RowIds row_ids;
+  const float* magnitude;  // optional: |A| @ |B|, laid out as y
+  const ErrorModel* models;
+  int models_count;
   int threads;
 };
 
@@ -70,10 +76,9 @@ struct Kernels {
   Stats (*cast)(const CastArgs&, bool measure);
   Stats (*perturb)(const PerturbArgs&, bool measure);
   float (*amax)(const void* x, Dtype, int64_t n, int threads);
-  void (*normal)(float* out, int64_t rows, int64_t columns, uint64_t key, uint32_t step);
-  // Random words of logical rows; row_ids is optional.
-  void (*random_words)(uint32_t* out, const int64_t* row_ids, int64_t rows, int64_t columns, uint64_t key,
-                       uint32_t step, int threads);
+  void (*normal)(float* out, int64_t rows, int64_t columns, uint64_t key, uint32_t word);
+  void (*random_words)(uint32_t* out, const RowIds&, int64_t rows, int64_t columns, uint64_t key, uint32_t word,
+                       int threads);
   void (*gemm)(const GemmArgs&);
 };
 

@@ -33,6 +33,15 @@ def right(model: Any, tokenizer: Any, task: Any) -> int:
     return sum(task.score(t, p.answer) for t, p in zip(texts, problems, strict=True))
 
 
+def test_no_op_of_the_real_model_is_out_of_reach(setup: tuple[Any, Any, Any]) -> None:
+    coverage = aqnsim.survey(setup[0], EXPERIMENT.profile.name)
+    assert coverage.uncovered == ()
+    assert coverage.other == {}
+    assert len([op for op in coverage.of_status("emulated") if op.kind == "linear"]) == 30 * 7
+    assert {op.role for op in coverage.of_status("excluded")} >= {"lm_head", "embedding"}
+    assert sum(op.role == "adapter" for op in coverage.of_status("kept")) > 0
+
+
 def test_the_real_model_is_emulated_in_every_layer_and_comes_back_as_it_was(setup: tuple[Any, Any, Any]) -> None:
     model, tokenizer, task = setup
     ids = torch.tensor([tokenizer("12 + 9 =")["input_ids"]])
