@@ -116,6 +116,24 @@ def test_the_noise_is_added_to_the_cast_weight_and_not_cast_again(dtype: torch.d
     assert ("train", "output") not in found
 
 
+@FROZEN
+def test_noise_comes_after_the_bits_that_flip_in_a_stored_weight(frozen: bool) -> None:
+    flipping = profile(weight="mxfp4 + bit-flip(rate=0.01, target=codes)")
+    model, eye = mlp(frozen=frozen), torch.eye(40)
+    held = []
+    for sigma in (1e-9, 0.01):
+        with aqnsim.emulate(model, flipping, aqn=AQN(Constant(sigma), targets="linear", phases=ALL)) as emu:
+            emu.begin_step(0, 1)
+            held.append((model[0](eye) - model[0].bias).detach().t())
+            model(eye)
+    with aqnsim.emulate(model, flipping):
+        stored = (model[0](eye) - model[0].bias).detach().t()
+        model(eye)
+    torch.testing.assert_close(held[0], stored, rtol=0, atol=1e-6)
+    torch.testing.assert_close(held[1], noisy(stored, 0.01, "0"), rtol=0, atol=1e-6)
+    assert not torch.allclose(stored, aqnsim.cast(model[0].weight.detach(), "mxfp4"), atol=1e-3)
+
+
 def test_errors_of_the_product_come_beside_the_noise_of_its_weight() -> None:
     model, x = mlp(), inputs(5, 40)
     wrong = profile(weight="mxfp4", error=str(RelativeGaussian(0.05)))
