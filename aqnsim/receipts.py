@@ -56,6 +56,7 @@ class Receipt:
         requested: the format or the error model, as text.
         calls: how often the op ran.
         elements: values that went through.
+        measurable: of these, those whose miss can be measured: a relative error leaves a 0 alone. 0 without a sigma.
         changed: share of stored values that differ from what they would have been.
         requested_sigma: for errors, the root mean square of the sigmas that the calls asked for. None for formats
             and for any error but one Gaussian.
@@ -75,6 +76,7 @@ class Receipt:
     requested: str
     calls: int
     elements: int
+    measurable: int
     changed: float
     requested_sigma: float | None
     realised_sigma: float | None
@@ -121,6 +123,7 @@ def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stre
         requested=requested,
         calls=int(s["calls"]),
         elements=int(count),
+        measurable=int(s["injected_n"]),
         changed=s["changed"] / count if count else 0.0,
         requested_sigma=sigma("requested2"),
         realised_sigma=sigma("injected2"),
@@ -135,16 +138,16 @@ def from_stats(stats: Sequence[float], *, site: str, role: str, phase: str, stre
 def merge(receipts: Sequence[Receipt]) -> Receipt:
     """One receipt for several of the same phase, stream and request: site and role become ``*``.
 
-    Counts add up; shares and rates are weighted by elements, sigma is the root mean square, the SQNR that of the worst
-    site.
+    Counts add up; shares and rates are weighted by elements, sigma is the root mean square over what is measurable,
+    the SQNR that of the worst site.
     """
     first, elements = receipts[0], sum(r.elements for r in receipts)
 
     def share(name: str) -> float:
         return sum(getattr(r, name) * r.elements for r in receipts) / elements if elements else 0.0
 
-    def mean(name: str, power: int) -> float | None:
-        known = [(getattr(r, name), r.elements) for r in receipts if getattr(r, name) is not None]
+    def mean(name: str, power: int, of: str) -> float | None:
+        known = [(getattr(r, name), getattr(r, of)) for r in receipts if getattr(r, name) is not None]
         weight = sum(n for _, n in known)
         return (sum(v**power * n for v, n in known) / weight) ** (1 / power) if weight else None
 
@@ -155,11 +158,12 @@ def merge(receipts: Sequence[Receipt]) -> Receipt:
         role="*" if len(roles) > 1 else first.role,
         calls=sum(r.calls for r in receipts),
         elements=elements,
+        measurable=sum(r.measurable for r in receipts),
         changed=share("changed"),
-        requested_sigma=mean("requested_sigma", 2),
-        realised_sigma=mean("realised_sigma", 2),
-        requested_rate=mean("requested_rate", 1),
-        realised_rate=mean("realised_rate", 1),
+        requested_sigma=mean("requested_sigma", 2, "measurable"),
+        realised_sigma=mean("realised_sigma", 2, "measurable"),
+        requested_rate=mean("requested_rate", 1, "elements"),
+        realised_rate=mean("realised_rate", 1, "elements"),
         sqnr_db=min((r.sqnr_db for r in receipts if r.sqnr_db is not None), default=None),
         saturated=share("saturated"),
         nonfinite=sum(r.nonfinite for r in receipts),

@@ -78,26 +78,30 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def violations(self, false_alarm: float = 1e-6) -> list[str]:
-        """Where the sigma that was injected is not the one that was asked for, in words; empty where all is well.
+        """Where what was injected is not what was asked for, in words; empty where all is well.
 
-        A sum of n squares of standard normals is chi-square with n degrees of freedom. The interval is two-sided, by
-        Wilson and Hilferty's approximation, at ``false_alarm`` for all receipts together (Bonferroni). n is the
-        elements of one call, as several calls with one step may draw the same numbers again. The last bits of fp32
-        arithmetic, 2^-23 of a value, are allowed on top.
+        A sum of n squares of standard normals is chi-square with n degrees of freedom, and hits of a rate are binomial.
+        The intervals are two-sided, the first by Wilson and Hilferty's approximation, the second by Bernstein's
+        inequality, at ``false_alarm`` for all receipts together (Bonferroni). n is the elements of one call, as several
+        calls with one step may draw the same numbers again. The last bits of fp32 arithmetic, 2^-23 of a value, are
+        allowed on top.
 
         Args:
             false_alarm: probability that a report without fault names one.
         """
-        gaussian = [r for r in self.receipts if r.requested_sigma and r.realised_sigma is not None]
+        sigmas = [(r, "sigma", r.requested_sigma, r.realised_sigma, r.measurable) for r in self.receipts]
+        rates = [(r, "rate", r.requested_rate, r.realised_rate, r.elements) for r in self.receipts]
+        asked = [c for c in (*sigmas, *rates) if c[2] and c[3] is not None]
         found = []
-        for r in gaussian:
-            assert r.realised_sigma is not None
-            assert r.requested_sigma is not None
-            low, high = sigma_interval(r.requested_sigma, r.elements // max(r.calls, 1), false_alarm / len(gaussian))
-            if not low <= r.realised_sigma <= high:
+        for r, what, requested, realised, count in asked:
+            assert requested is not None
+            assert realised is not None
+            interval = sigma_interval if what == "sigma" else rate_interval
+            low, high = interval(requested, count // max(r.calls, 1), false_alarm / len(asked))
+            if not low <= realised <= high:
                 found.append(
-                    f"site {r.site!r}, {r.stream} in phase {r.phase}: asked for sigma {r.requested_sigma:.6g}, "
-                    f"injected {r.realised_sigma:.6g}, outside {low:.6g} .. {high:.6g}"
+                    f"site {r.site!r}, {r.stream} in phase {r.phase}: asked for {what} {requested:.6g}, "
+                    f"injected {realised:.6g}, outside {low:.6g} .. {high:.6g}"
                 )
         return found
 
@@ -143,6 +147,18 @@ def sigma_interval(sigma: float, count: int, false_alarm: float) -> tuple[float,
     low, high = (max(0.0, 1 - 2 / (9 * n) + s) ** 1.5 for s in (-spread, spread))
     slack = 2.0**-23
     return max(0.0, sigma * low - slack), sigma * high + slack
+
+
+def rate_interval(rate: float, count: int, false_alarm: float) -> tuple[float, float]:
+    """Bounds of the share of ``count`` elements that are hit with probability ``rate``, by Bernstein's inequality.
+
+    >>> low, high = rate_interval(0.01, 10_000, 0.001)
+    >>> f"{low:.4f} {high:.4f}"
+    '0.0056 0.0144'
+    """
+    exponent, n = math.log(2 / false_alarm), max(count, 1)
+    spread = math.sqrt(2 * exponent * rate * (1 - rate) / n) + 2 * exponent / (3 * n)
+    return max(0.0, rate - spread), rate + spread
 
 
 def _draw(cells: dict[tuple[str, str], float], title: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One rank, or the one process, of the runs that test_distributed compares; rank 0 writes <directory>/<ranks>.pt."""
+"""One rank, or the one process, of the runs that test_sharding compares; rank 0 writes <directory>/<ranks>.pt."""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ def noisy(weight: Tensor, sigma: float, site: str, step: int = 0, seed: int = 0,
     """``w + sigma z`` by the op's definition."""
     now = torch.tensor(clock(step, phase))
     key = key_of(seed, site, "aqn")
-    result: Tensor = torch.ops.aqnsim.perturb(weight, str(AbsoluteGaussian(sigma)), key, now, None, None, False)[0]
+    result: Tensor = torch.ops.aqnsim.perturb(weight, str(AbsoluteGaussian(sigma)), key, now, None, None, None, False)[
+        0
+    ]
     return result
 
 
@@ -112,6 +114,24 @@ def test_the_noise_is_added_to_the_cast_weight_and_not_cast_again(dtype: torch.d
     assert (noise.calls, noise.elements) == (2, 2 * 40 * 72)
     assert noise.realised_sigma == pytest.approx(0.01, rel=0.1)
     assert ("train", "output") not in found
+
+
+@FROZEN
+def test_noise_comes_after_the_bits_that_flip_in_a_stored_weight(frozen: bool) -> None:
+    flipping = profile(weight="mxfp4 + bit-flip(rate=0.01, target=codes)")
+    model, eye = mlp(frozen=frozen), torch.eye(40)
+    held = []
+    for sigma in (1e-9, 0.01):
+        with aqnsim.emulate(model, flipping, aqn=AQN(Constant(sigma), targets="linear", phases=ALL)) as emu:
+            emu.begin_step(0, 1)
+            held.append((model[0](eye) - model[0].bias).detach().t())
+            model(eye)
+    with aqnsim.emulate(model, flipping):
+        stored = (model[0](eye) - model[0].bias).detach().t()
+        model(eye)
+    torch.testing.assert_close(held[0], stored, rtol=0, atol=1e-6)
+    torch.testing.assert_close(held[1], noisy(stored, 0.01, "0"), rtol=0, atol=1e-6)
+    assert not torch.allclose(stored, aqnsim.cast(model[0].weight.detach(), "mxfp4"), atol=1e-3)
 
 
 def test_errors_of_the_product_come_beside_the_noise_of_its_weight() -> None:
@@ -385,7 +405,9 @@ def test_each_expert_has_noise_of_its_own(name: str) -> None:
         weight = weight if name == "ideal" else aqnsim.cast(weight, "mxfp4")
         key = key_of(0, f"{site}.{w}", f"aqn#{expert + 1}")
         now = torch.tensor(clock(0, "train"))
-        noisy: Tensor = torch.ops.aqnsim.perturb(weight, str(AbsoluteGaussian(0.01)), key, now, None, None, False)[0]
+        noisy: Tensor = torch.ops.aqnsim.perturb(
+            weight, str(AbsoluteGaussian(0.01)), key, now, None, None, None, False
+        )[0]
         return noisy
 
     for i, expert in enumerate(chosen[:, 0].tolist()):
@@ -394,12 +416,23 @@ def test_each_expert_has_noise_of_its_own(name: str) -> None:
         torch.testing.assert_close(y[i : i + 1], expected, rtol=1e-4, atol=1e-5)
 
 
+class OtherExperts(nn.Module):
+    """Stacked weights that another forward than the known one multiplies by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.ones(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.up_proj[0]
+
+
 def test_experts_that_compute_in_another_way_are_refused_by_name() -> None:
-    model = family("gpt_oss")
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "experts": OtherExperts()})
     aqn = AQN(Constant(0.1), targets="linear")
-    with pytest.raises(ConfigError, match=r"AQN would reach 'model\.layers\.0\.mlp\.experts\.gate_up_proj'.*exclude"):
+    with pytest.raises(ConfigError, match=r"AQN would reach 'experts\.up_proj', whose shape is \(2, 4, 4\).*exclude"):
         reached(model, aqn)
-    assert len(reached(model, dataclasses.replace(aqn, exclude=("experts.*",)))) == 9
+    assert reached(model, dataclasses.replace(aqn, exclude=("experts.*",))) == ["head"]
 
 
 # ---- relative to the weight ------------------------------------------------------------------------------------------

@@ -203,3 +203,11 @@ def test_a_convolution_takes_both_operands_in_blocks_of_channels() -> None:
     assert torch.equal(y, nn.functional.conv1d(xq, wq, padding=1))
     assert x.grad is not None
     assert model.weight.grad is not None
+
+
+def test_a_float16_model_adds_as_its_unit_does() -> None:
+    layer, x = nn.Linear(64, 32, bias=False).half(), inputs(8, 64).half()
+    with aqnsim.emulate(nn.Sequential(layer), of(("linear", OpSpec(forward=Forward(accumulator="volta_fp16"))))) as emu:
+        y = emu.model(x)
+    expected = torch.ops.aqnsim.gemm(x.float(), layer.weight.float().t(), "volta_fp16")
+    assert torch.equal(y, expected.half())

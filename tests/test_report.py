@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import llama, tokens
+from models import SOURCE, inputs, llama, tokens
 from scipy import stats
+from torch import nn
 
 import aqnsim
 from aqnsim import ConfigError, RealisationError
-from aqnsim.report import Report, sigma_interval
+from aqnsim.profiles import Forward, OpSpec, Profile, Rule
+from aqnsim.receipts import from_stats
+from aqnsim.report import Report, rate_interval, sigma_interval
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,37 @@ def test_the_interval_is_that_of_chi_square(n: int, false_alarm: float) -> None:
     low, high = sigma_interval(2.0, n, false_alarm)
     exact = [2.0 * (q / n) ** 0.5 for q in stats.chi2.ppf([false_alarm / 2, 1 - false_alarm / 2], n)]
     assert [low, high] == pytest.approx(exact, rel=1e-2)  # Wilson and Hilferty's error at 50
+
+
+def test_zeros_that_a_relative_error_leaves_alone_are_no_violation() -> None:
+    model, x = nn.Sequential(nn.ReLU()), inputs(64, 512)
+    spec = OpSpec(forward=Forward(error="relative-gaussian(sigma=0.1)"))
+    rule = Rule(kind="activation", spec=spec)
+    profile = Profile(name="test", description="for a test", source=SOURCE, rules=(rule,))
+    with aqnsim.emulate(model, profile, example={"input": x}) as emu:
+        model(x - 2)  # most are 0
+        (receipt,) = emu.receipts()
+        assert 0.01 < receipt.measurable / receipt.elements < 0.04
+        assert emu.report().violations() == []
+
+
+def test_a_rate_that_was_not_asked_for_is_named() -> None:
+    receipt = from_stats(
+        [1.0, 10_000.0, 300.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 300.0, 0.0, 100.0],
+        site="a",
+        role="b",
+        phase="train",
+        stream="output",
+        requested="spike(rate=0.01, size=1.0)",
+    )
+    (text,) = Report("test", "0", 0, 1, (receipt,)).violations()
+    assert text.startswith("site 'a', output in phase train: asked for rate 0.01, injected 0.03, outside")
+
+
+@pytest.mark.parametrize("rate", [1e-4, 0.02, 0.5])
+def test_the_interval_of_a_rate_holds_what_is_binomial(rate: float) -> None:
+    low, high = rate_interval(rate, 5000, 1e-3)
+    assert stats.binom.cdf(low * 5000 - 1e-9, 5000, rate) + stats.binom.sf(high * 5000, 5000, rate) < 1e-3
 
 
 def test_an_emulation_whose_noise_was_tampered_with_fails_its_check() -> None:

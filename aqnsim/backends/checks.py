@@ -39,7 +39,11 @@ def check_gemm(a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
             f"gemm: expected [..., m, k] and [..., k, n] of equal batch dimensions, got {list(a.shape)} and "
             f"{list(b.shape)}"
         )
-    if check_dtype(a) != check_dtype(b):
+    if not {a.dtype, b.dtype} <= {torch.float32, torch.bfloat16}:
+        raise ConfigError(
+            f"gemm: expected float32 or bfloat16 operands, got {a.dtype} and {b.dtype}: convert them first"
+        )
+    if a.dtype != b.dtype:
         raise ConfigError(f"gemm: expected operands of one dtype, got {a.dtype} and {b.dtype}: convert one")
     return math.prod(a.shape[:-2]), a.shape[-2], a.shape[-1], b.shape[-1]
 

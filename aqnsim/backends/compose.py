@@ -147,7 +147,9 @@ class _Direction:
         if self.part.accumulator is None:
             y = first.float() @ other.float()
         else:
-            y = self.gemm(first, other, self.part.accumulator)
+            half = torch.float16 in (first.dtype, other.dtype)  # whose products float32 operands give as exactly
+            operands = (first.float(), other.float()) if half else (first, other)
+            y = self.gemm(*operands, self.part.accumulator)
             stats[_ERROR, STATS.index("calls")] = 1  # an error would count its own
         if bias is not None and self.part.bias == "missed":
             y, bias = y + bias.float(), None

@@ -230,16 +230,17 @@ class Binding:
 
     def _cast_weight(self, weight: Tensor, part: int) -> Tensor:
         """``cast(W)``, straight-through: what ``linear`` does itself where no noise comes after it."""
-        cast: tuple[Tensor, Tensor] = torch.ops.aqnsim.cast(
-            weight, self.plan.weight, -1, self.keys_of(part=part)[_WEIGHT_CAST], self.emulation.clock, None, True
+        keys = [self.keys_of(part=part)[_WEIGHT_CAST]] * 6
+        cast: tuple[Tensor, Tensor] = torch.ops.aqnsim.stage(
+            weight, [self.plan.weight, "", ""], _NOTHING, weight.dtype, keys, self.emulation.clock, None, None
         )
-        torch.ops.aqnsim.record(self.receipt()[_WEIGHT_CAST], cast[1])
+        torch.ops.aqnsim.record(self.receipt()[_WEIGHT_CAST], cast[1][0])
         return cast[0]
 
     def noisy(self, weight: Tensor, part: int = 0) -> Tensor:
         """``w + sigma z`` in fp32, then the dtype of ``w``; straight-through."""
         noisy: tuple[Tensor, Tensor] = torch.ops.aqnsim.perturb(
-            weight, self.noise, self.keys_of(part=part)[_AQN], self.emulation.clock, None, None, True
+            weight, self.noise, self.keys_of(part=part)[_AQN], self.emulation.clock, None, None, None, True
         )
         torch.ops.aqnsim.record(self.receipt()[_AQN], noisy[1])
         return noisy[0]
