@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from aqnsim import receipts as rc
 from aqnsim._errors import ConfigError, RealisationError, unknown
 from aqnsim.aqn import AQN, Survival
-from aqnsim.emulation import checkpoint
+from aqnsim.emulation import attest, checkpoint
 from aqnsim.emulation.binding import Binding
+from aqnsim.emulation.changes import FrozenWeight, Swap, digest_of
 from aqnsim.emulation.noise import WeightNoise
 from aqnsim.emulation.rows import Rows, rows_of_forward
 from aqnsim.emulation.sites import Site
@@ -32,86 +33,11 @@ _CALLS = STATS.index("calls")
 _CHANGED = STATS.index("changed")
 
 
-_DIRECTIONS = (  # a direction of the OpSpec, the prefix of its streams, and for each stream the field it is asked by
-    ("forward", "", {"weight": "weight", "input": "input", "output": "error", "output-cast": "output"}),
-    ("grad_input", "grad-input", {".weight": "weight", ".grad": "grad", "": "error", "-cast": "output"}),
-    ("grad_weight", "grad-weight", {".input": "input", ".grad": "grad", "": "error", "-cast": "output"}),
-)
-_FIELDS = {prefix + s: (part, name) for part, prefix, streams in _DIRECTIONS for s, name in streams.items()}
-
-
 @dataclass(frozen=True)
 class ReceiptTotals:
     """Counters at one moment: ``[sites, phases, streams, stats]``."""
 
     totals: Tensor
-
-
-@dataclass(frozen=True)
-class _Frozen:
-    """A frozen weight, what it was before the profile was attached, and cast(W), which it holds."""
-
-    site: Site
-    weight: nn.Parameter
-    master: Tensor
-    value: Tensor
-    digest: int
-    cast: Callable[[], Tensor]
-
-    def check_place(self) -> None:
-        """Refuse to write a weight that the model has no more."""
-        if self.site.parameter is not self.weight:
-            raise ConfigError(
-                f"the frozen weight of {self.site.name!r} was replaced since the profile was attached (by "
-                "fully_shard?): the clean weight cannot come back there; restore(keep_weights=True) keeps cast(W), and "
-                "a second model that is not emulated can stand for the clean one"
-            )
-
-    def check(self) -> None:
-        """Refuse to put the master back where it cannot go, or over something that was written since."""
-        self.check_place()
-        if _digest(self.weight.data) != self.digest:
-            raise ConfigError(
-                f"the frozen weight of {self.site.name!r} was changed since the profile was attached (a merged "
-                "adapter, a loaded state dict?): going back to the clean weight would lose that; "
-                "restore(keep_weights=True) keeps what is there, refresh_weights() writes cast(W) again, as after "
-                "unmerging"
-            )
-
-
-def _digest(t: Tensor) -> int:
-    """A sum over the bits, to notice that a tensor was written."""
-    bits = t.view(torch.int32 if t.dtype == torch.float32 else torch.int16)
-    return int(bits.sum(dtype=torch.int64))
-
-
-@dataclass(frozen=True)
-class _Swap:
-    """A module that took on an emulated class, and the attributes that came with it."""
-
-    module: nn.Module
-    original: type[nn.Module]
-    emulated: type[nn.Module]
-    attributes: Mapping[str, Any]
-
-    def do(self) -> None:
-        self.module.__dict__.update(self.attributes)
-        self.module.__class__ = _with_base(type(self.module), self.original, self.emulated)
-
-    def undo(self) -> None:
-        self.module.__class__ = _with_base(type(self.module), self.emulated, self.original)
-        for name in self.attributes:
-            del self.module.__dict__[name]
-
-
-def _with_base(cls: type, old: type, new: type) -> type:
-    """A class with one of its bases replaced: what was swapped in may have been derived from since, by fully_shard."""
-    if cls is old:
-        return new
-    if old not in cls.__mro__:
-        return cls
-    bases = tuple(_with_base(base, old, new) for base in cls.__bases__)
-    return type(cls.__name__, bases, {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")})
 
 
 @dataclass(frozen=True)
@@ -151,9 +77,9 @@ class Emulation:
         self._sequences: Tensor | None = None
         self.example: Mapping[str, Any] | None = None
         self.is_restored = False
-        self._swaps: list[_Swap] = []
+        self._swaps: list[Swap] = []
         self._undo: list[Callable[[], None]] = []
-        self._masters: list[_Frozen] = []
+        self._masters: list[FrozenWeight] = []
         self.noise = None if aqn is None else WeightNoise(aqn)
         self._set_clock()
 
@@ -363,7 +289,7 @@ class Emulation:
                                 role=site.role,
                                 phase=phase,
                                 stream=stream,
-                                requested=self._requested(site, stream, phase),
+                                requested=attest.requested(self, site, stream, phase),
                             )
                         )
         return found
@@ -428,12 +354,12 @@ class Emulation:
 
     def report(self, since: ReceiptTotals | None = None) -> Report:
         """The receipts, requested beside realised: printed it is a table; see :class:`aqnsim.report.Report`."""
-        report = self._report(since)
+        report = self.receipt_report(since)
         if self.noise is None or self.total_steps is None:
             return report
         return replace(report, survival=tuple(self.survival()))
 
-    def _report(self, since: ReceiptTotals | None = None) -> Report:
+    def receipt_report(self, since: ReceiptTotals | None = None) -> Report:
         receipts = tuple(self.receipts(since))
         return Report(self.profile.name, self.profile.fingerprint, self.seed, len(self.sites), receipts)
 
@@ -472,55 +398,7 @@ class Emulation:
                 advanced, stayed at 0 or missed a site, a sigma that is not the one asked for. The message names the
                 site or the schedule.
         """
-        calls = self.totals[..., _CALLS]
-        for site in self.sites:
-            if site.rule is not None and not calls[site.index, 1:].any():
-                raise RealisationError(f"site {site.name!r} is emulated ({self._rule_text(site)}) but was never called")
-            for s, stream in enumerate(STREAMS):
-                stats = self.totals[site.index, 1:, s]
-                if self._is_error(site, stream) and stats[:, _CALLS].any() and not stats[:, _CHANGED].any():
-                    asked = self._requested(site, stream, "train")
-                    raise RealisationError(
-                        f"site {site.name!r}: {asked} on its {stream} changed no value; "
-                        "sigma is too small for the dtype"
-                    )
-        if backward:
-            self._check_backward(calls)
-        if self.noise is not None:
-            self.noise.check(calls[:, :, STREAMS.index("aqn")].sum(1))
-        if violations := self._report().violations(false_alarm):
-            raise RealisationError("; ".join(violations))
-
-    def _check_backward(self, calls: Tensor) -> None:
-        for i, rule in enumerate(self.profile.rules):
-            sites = [s for s in self.sites if s.rule == i]
-            rows = [s.index for s in sites]
-            for stream, part in (("grad-input", rule.spec.grad_input), ("grad-weight", rule.spec.grad_weight)):
-                asked = [s for s in sites if s.trains] if stream == "grad-weight" else sites
-                trained = any(s.trains or s.kind != "embedding" for s in asked)  # only a table has what rows are given
-                if part.error and trained and not calls[rows][:, :, STREAMS.index(stream)].any():
-                    raise RealisationError(
-                        f"rule {i + 1} of profile {self.profile.name!r} asks for {part.error} on {stream}, "
-                        "but no backward pass reached any of its sites"
-                    )
-
-    def _is_error(self, site: Site, stream: str) -> bool:
-        if stream == "aqn":
-            return True
-        part, name = _FIELDS[stream]
-        return name == "error" and any(getattr(spec, part).error for spec in site.specs.values())
-
-    def _requested(self, site: Site, stream: str, phase: str) -> str:
-        if stream == "aqn":
-            relative = self.aqn is not None and self.aqn.relative_to == "rms"
-            return "absolute-gaussian(schedule * rms)" if relative else "absolute-gaussian(schedule)"
-        part, name = _FIELDS[stream]
-        asked = getattr(site.specs["train" if phase == "attach" else phase], part)
-        names = ("accumulator", "approximation", "error") if name == "error" else (name,)
-        return ", ".join(text for text in (getattr(asked, n, None) for n in names) if text) or "-"
-
-    def _rule_text(self, site: Site) -> str:
-        return f"rule {site.rule + 1} of {self.profile.name!r}" if site.rule is not None else "AQN"
+        attest.check(self, backward, false_alarm)
 
     # ---- attach and restore ------------------------------------------------------------------------------------------
 
@@ -532,7 +410,7 @@ class Emulation:
 
     def swap(self, module: nn.Module, cls: type[nn.Module], attributes: Mapping[str, Any]) -> None:
         """Give a module an emulated class and what it needs, until the emulation is restored."""
-        self._swaps.append(_Swap(module, type(module), cls, attributes))
+        self._swaps.append(Swap(module, type(module), cls, attributes))
         self._swaps[-1].do()
 
     @contextmanager
@@ -584,7 +462,7 @@ class Emulation:
         value, stats = cast(True)
         torch.ops.aqnsim.record(self.totals[site.index, 0, 0], stats)
         weight.data = value
-        self._masters.append(_Frozen(site, weight, master, value, _digest(value), lambda: cast(False)[0]))
+        self._masters.append(FrozenWeight(site, weight, master, value, digest_of(value), lambda: cast(False)[0]))
 
     def _check_frozen(self) -> None:
         for frozen in self._masters:
@@ -603,7 +481,7 @@ class Emulation:
     @property
     def recast(self) -> list[str]:
         """Sites whose frozen weight was no value of its format: the cast at the attach changed it."""
-        return [f.site.name for f in self._masters if _digest(f.master) != f.digest]
+        return [f.site.name for f in self._masters if digest_of(f.master) != f.digest]
 
     def _hold(self, masters: bool) -> None:
         for frozen in self._masters:
