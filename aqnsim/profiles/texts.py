@@ -45,7 +45,7 @@ FIELD_MEANINGS: Mapping[str, str] = {
     "forward.weight": "format of the second operand: the weight, the keys of qk, the values of pv",
     "forward.accumulator": "how the products are added: a matrix unit or accumulator(...); torch's fp32 where absent",
     "forward.approximation": "tables for softmax (exp, reciprocal), norms (rsqrt), activations (exp, erf, tanh)",
-    "forward.error": "error model: how the result misses, in fp32",
+    "forward.error": "error model, or a chain of them: how the result misses, in fp32",
     "forward.output": "format of the result, after the error and the bias",
     "forward.bias": "exact adds a linear layer's bias after the error, missed before it",
     "grad_input.grad": "format of the incoming gradient, in the product that makes the input's gradient",
@@ -166,7 +166,8 @@ def _explanation() -> Iterator[str]:
     yield ""
     for what, names, example in (
         ("Phases", PHASES, ""),
-        ("Formats", formats.ALL, "other choices stand in brackets, such as mxfp4(scale=rceil, rounding=stochastic)"),
+        ("Formats", formats.ALL, "other choices stand in brackets, such as mxfp4(scale=rceil)"),
+        ("Faults, behind a format", ["bit-flip"], "such as mxfp4 + bit-flip(rate=1e-6, target=codes)"),
         ("Error models", errors.MODELS, "such as relative-gaussian(sigma=0.05), and chains of them, joined by ' + '"),
         ("Matrix units", accumulator.MATRIX_UNITS, "or one spelt out, such as accumulator(fraction_bits=13, chunk=32)"),
         ("Tables", approximation.FUNCTIONS, "such as table(function='exp', index_bits=6)"),
