@@ -54,11 +54,13 @@ def evaluate(x: Tensor, function: str, approximation: str) -> Tensor:
     return _evaluate(x, function, approximation)
 
 
-@torch.compiler.assume_constant_result
-def _check(what: str, approximation: str, needed: str, *optional: str) -> tuple[str, ...]:
-    """The functions that have tables, if they are those that something computes; a constant of a compiled graph."""
-    tables = parse(approximation).check(what, needed, *optional).tables
-    return tuple(table.function for table in tables)
+def _check(what: str, approximation: str, needed: str, *optional: str) -> None:
+    """Refuse tables that are not those of what is computed.
+
+    Not while a graph is traced, which cannot read texts: the op itself refuses a table that is missing.
+    """
+    if not torch.compiler.is_compiling():
+        parse(approximation).check(what, needed, *optional)
 
 
 def _check_dtype(what: str, x: Tensor) -> None:
@@ -239,12 +241,12 @@ def softmax(x: Tensor, dim: int, approximation: str) -> Tensor:
     >>> softmax(torch.tensor([0.0, 0.0, -torch.inf]), -1, "table(function='exp', index_bits=4)").tolist()
     [0.5, 0.5, 0.0]
     """
-    tables = _check("softmax", approximation, "exp", "reciprocal")
+    _check("softmax", approximation, "exp", "reciprocal")
     _check_axis("softmax", x, dim)
     x = x.movedim(dim, -1)
     e = _evaluate(x - x.detach().amax(-1, keepdim=True), "exp", approximation)
     total = _tree_sum(e)
-    p = e * _evaluate(total, "reciprocal", approximation) if "reciprocal" in tables else e / total
+    p = e * _evaluate(total, "reciprocal", approximation) if "reciprocal" in approximation else e / total
     return p.movedim(-1, dim)
 
 

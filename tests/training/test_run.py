@@ -173,7 +173,7 @@ def test_noise_that_does_not_reach_the_rollout_fails_the_run(tmp_path: Path, mon
     monkeypatch.setattr(
         aqnsim.Emulation, "phase", lambda self, name: phase(self, "eval" if name == "rollout" else name)
     )
-    with pytest.raises(RealisationError, match=r"asked for sigma 0\.05 and 0 was realised"):
+    with pytest.raises(RealisationError, match=r"asked for sigma 0\.05 and 0 of it was realised on 0 weights"):
         run("e12", preset="smoke", runs=tmp_path)
     assert "realised" in failed_message(tmp_path)
 

@@ -15,6 +15,8 @@ import aqnsim
 from training.checkpoints import require_checkpoint
 from training.evaluate import evaluate_modes
 
+STEPS = 3
+
 
 def emulate(model: torch.nn.Module) -> aqnsim.Emulation:
     """Weights in MXFP4, and noise in the rollouts."""
@@ -23,16 +25,17 @@ def emulate(model: torch.nn.Module) -> aqnsim.Emulation:
 
 
 def train(directory: Path, **kwargs: Any) -> Run:
-    return Run(directory, emulate=emulate, steps=3, save_every=50, **kwargs)
+    return Run(directory, emulate=emulate, steps=STEPS, save_every=50, **kwargs)
 
 
 def main(directory: Path) -> None:
     torch.set_num_threads(1)
     straight = train(directory / "straight").train()
     rank, ranks = straight.trainer.args.process_index, straight.trainer.args.world_size
-    seen = {
-        int(i): tokens[mask.bool()].tolist()
-        for batch in straight.micro_batches
+    per_step = len(straight.micro_batches) // STEPS
+    seen = {  # sequences are numbered anew in each step
+        f"{n // per_step}:{int(i)}": tokens[mask.bool()].tolist()
+        for n, batch in enumerate(straight.micro_batches)
         for i, tokens, mask in zip(
             batch["sequence_ids"], batch["completion_ids"], batch["completion_mask"], strict=True
         )
