@@ -49,13 +49,13 @@ def _check_rows(rows: Tensor | None, x: Tensor) -> None:
 
 
 def _stored(
-    cast: Cast, x: Tensor, text: str, axis: int, key: int, clock: Tensor, rows: Tensor | None
+    cast: Cast, x: Tensor, text: str, axis: int, key: int, clock: Tensor, rows: Tensor | None, measure: bool = True
 ) -> tuple[Tensor, Tensor]:
     """A tensor after its cast to an operand's format, and after the fault in what is stored, if there is one."""
     fmt, fault = operand(text)
     rows = rows if operand_draws(text) else None
     _check_rows(rows, x)
-    y, stats = cast(x, fmt, axis, key, clock, rows, True)
+    y, stats = cast(x, fmt, axis, key, clock, rows, measure)
     if fault is None:
         return y, stats
     drawn, word = coordinates(key, int(clock), fault.draw, part=1)
@@ -121,8 +121,8 @@ class _Direction:
     keys: Sequence[int]
     clock: Tensor
 
-    def operand(self, operand: _Operand, fmt: str | None, stream: int, stats: Tensor) -> Tensor:
-        """The operand as the product gets it: rotated, then cast, along the contraction."""
+    def operand(self, operand: _Operand, fmt: str | None, stream: int, stats: Tensor | None) -> Tensor:
+        """The operand as the product gets it: rotated, then cast, along the contraction; unmeasured without ``stats``."""
         x, axis, rows = operand.value, operand.axis, operand.rows
         size = getattr(self.part, "hadamard", None)
         if size:
@@ -130,7 +130,9 @@ class _Direction:
             rows = rows if x.shape[:-1] == operand.value.shape[:-1] else None  # padding has no logical rows
         if fmt is None:
             return x
-        x, stats[stream] = _stored(self.cast, x, fmt, axis, self.keys[stream], self.clock, rows)
+        x, measured = _stored(self.cast, x, fmt, axis, self.keys[stream], self.clock, rows, stats is not None)
+        if stats is not None:
+            stats[stream] = measured
         return x
 
     def _signs(self, size: int, x: Tensor) -> Tensor:
@@ -223,13 +225,13 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
         need_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec = OpSpec.parse(spec_text)
-        g, stats, unused = _rows_2d(grad), _no_stats(grad, 8), _no_stats(grad)
+        g, stats = _rows_2d(grad), _no_stats(grad, 8)
         grad_x = grad_w = grad.new_empty(0)
         straight = direction(spec.forward, keys[:4], clock)
         if need_input:
             d, own = direction(spec.grad_input, keys[4:8], clock), stats[:4]
             if spec.grad_input.weight is None:  # straight-through: what the forward multiplied by
-                held = straight.operand(_Operand(weight, -1), spec.forward.weight if cast_weight else None, 0, unused)
+                held = straight.operand(_Operand(weight, -1), spec.forward.weight if cast_weight else None, 0, None)
             else:
                 held = weight
             wq = d.operand(_Operand(held, -2), spec.grad_input.weight, _OTHER, own)
@@ -239,7 +241,7 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
             d, own = direction(spec.grad_weight, keys[8:], clock), stats[4:]
             x2 = _rows_2d(x)
             if spec.grad_weight.input is None:
-                x2 = straight.operand(_Operand(x2, -1, rows), spec.forward.input, 1, unused)
+                x2 = straight.operand(_Operand(x2, -1, rows), spec.forward.input, 1, None)
             xq = d.operand(_Operand(x2, -2, rows), spec.grad_weight.input, _OTHER, own)
             gq = d.operand(_Operand(g, -2, rows), spec.grad_weight.grad, _FIRST, own)
             grad_w = d.product(gq.t(), xq, _weight_rows(weight, rows), grad.dtype, own, None)
@@ -278,7 +280,7 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
         need_b: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         spec = OpSpec.parse(spec_text)
-        g, stats, unused = grad.to(a.dtype), _no_stats(grad, 8), _no_stats(grad)
+        g, stats = grad.to(a.dtype), _no_stats(grad, 8)
         grad_a = grad_b = a.new_empty(0)
         straight = direction(spec.forward, keys[:4], clock)
         along, across = (-1, -2) if transposed else (-2, -1)  # b's axis in the forward's contraction, and the other
@@ -286,7 +288,7 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
             d, own = direction(spec.grad_input, keys[4:8], clock), stats[:4]
             held = b
             if spec.grad_input.weight is None:
-                held = straight.operand(_Operand(b, along, other_rows), spec.forward.weight, 0, unused)
+                held = straight.operand(_Operand(b, along, other_rows), spec.forward.weight, 0, None)
             bq = d.operand(_Operand(held, across, other_rows), spec.grad_input.weight, _OTHER, own)
             gq = d.operand(_Operand(g, -1, rows), spec.grad_input.grad, _FIRST, own)
             grad_a = d.product(gq, bq if transposed else bq.mT, first_rows, a.dtype, own, None)
@@ -294,7 +296,7 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
             d, own = direction(spec.grad_weight, keys[8:], clock), stats[4:]
             held = a
             if spec.grad_weight.input is None:
-                held = straight.operand(_Operand(a, -1, first_rows), spec.forward.input, 1, unused)
+                held = straight.operand(_Operand(a, -1, first_rows), spec.forward.input, 1, None)
             aq = d.operand(_Operand(held, -2, first_rows), spec.grad_weight.input, _OTHER, own)
             gq = d.operand(_Operand(g, -2, rows), spec.grad_weight.grad, _FIRST, own)
             if transposed:

@@ -170,9 +170,9 @@ AQN_HD void measure_perturb(const float* before, const float* after, const float
     const bool sound = is_finite(y) & is_finite(u) & (u != 0.0f);
     const float share = (after[i] - y) / (sound ? u : 1.0f);
     const bool measurable = sound & is_finite(share);
-    const double from = comparable ? was : 0.0f, to = comparable ? held : 0.0f, e = to - from;
+    const double half = comparable ? 0.5f * held - 0.5f * was : 0.0f;  // of the error, which may exceed fp32
     const double reference = finite ? y : 0.0f, injected = measurable ? share : 0.0f;
-    sums.error2[lane] += e * e;
+    sums.error2[lane] += 4 * half * half;
     sums.reference2[lane] += reference * reference;
     sums.injected2[lane] += injected * injected;
     sums.injected_n[lane] += measurable ? 1 : 0;
