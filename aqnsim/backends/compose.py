@@ -122,7 +122,7 @@ class _Direction:
     clock: Tensor
 
     def operand(self, operand: _Operand, fmt: str | None, stream: int, stats: Tensor | None) -> Tensor:
-        """The operand as the product gets it: rotated, then cast, along the contraction; unmeasured without ``stats``."""
+        """The operand as the product gets it: rotated, then cast along the contraction; unmeasured without stats."""
         x, axis, rows = operand.value, operand.axis, operand.rows
         size = getattr(self.part, "hadamard", None)
         if size:
