@@ -231,7 +231,9 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
         if need_input:
             d, own = direction(spec.grad_input, keys[4:8], clock), stats[:4]
             if spec.grad_input.weight is None:  # straight-through: what the forward multiplied by
-                held = straight.operand(_Operand(weight, -1), spec.forward.weight if cast_weight else None, 0, None)
+                held = straight.operand(
+                    _Operand(weight, -1), spec.forward.weight if cast_weight else None, _OTHER, None
+                )
             else:
                 held = weight
             wq = d.operand(_Operand(held, -2), spec.grad_input.weight, _OTHER, own)
@@ -241,7 +243,7 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
             d, own = direction(spec.grad_weight, keys[8:], clock), stats[4:]
             x2 = _rows_2d(x)
             if spec.grad_weight.input is None:
-                x2 = straight.operand(_Operand(x2, -1, rows), spec.forward.input, 1, None)
+                x2 = straight.operand(_Operand(x2, -1, rows), spec.forward.input, _FIRST, None)
             xq = d.operand(_Operand(x2, -2, rows), spec.grad_weight.input, _OTHER, own)
             gq = d.operand(_Operand(g, -2, rows), spec.grad_weight.grad, _FIRST, own)
             grad_w = d.product(gq.t(), xq, _weight_rows(weight, rows), grad.dtype, own, None)
@@ -288,7 +290,7 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
             d, own = direction(spec.grad_input, keys[4:8], clock), stats[:4]
             held = b
             if spec.grad_input.weight is None:
-                held = straight.operand(_Operand(b, along, other_rows), spec.forward.weight, 0, None)
+                held = straight.operand(_Operand(b, along, other_rows), spec.forward.weight, _OTHER, None)
             bq = d.operand(_Operand(held, across, other_rows), spec.grad_input.weight, _OTHER, own)
             gq = d.operand(_Operand(g, -1, rows), spec.grad_input.grad, _FIRST, own)
             grad_a = d.product(gq, bq if transposed else bq.mT, first_rows, a.dtype, own, None)
@@ -296,13 +298,11 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
             d, own = direction(spec.grad_weight, keys[8:], clock), stats[4:]
             held = a
             if spec.grad_weight.input is None:
-                held = straight.operand(_Operand(a, -1, first_rows), spec.forward.input, 1, None)
+                held = straight.operand(_Operand(a, -1, first_rows), spec.forward.input, _FIRST, None)
             aq = d.operand(_Operand(held, -2, first_rows), spec.grad_weight.input, _OTHER, own)
             gq = d.operand(_Operand(g, -2, rows), spec.grad_weight.grad, _FIRST, own)
-            if transposed:
-                grad_b = d.product(gq.mT, aq, other_rows, b.dtype, own, None)
-            else:
-                grad_b = d.product(aq.mT, gq, other_rows, b.dtype, own, None)
+            left, right = (gq, aq) if transposed else (aq, gq)
+            grad_b = d.product(left.mT, right, other_rows, b.dtype, own, None)
         return grad_a, grad_b, stats
 
     def stage(

@@ -44,8 +44,6 @@ def perturbs_half(perturb: Primitive) -> Primitive:
         wide = y.float() if y.dtype == torch.float16 else y
         if dtype != torch.float16:
             return perturb(wide, error, *given, dtype, measure)
-        if any(isinstance(model, BitFlip) for model in chain(error)):
-            raise ConfigError(f"error {error!r}: bits of float16 results cannot be flipped: use float32 or bfloat16")
         out, stats = perturb(wide, error, *given, torch.float32, measure)
         out = out.half()
         return out, _of_stored(stats, wide.half(), out, wide.float()) if measure else stats

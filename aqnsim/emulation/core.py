@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from aqnsim.emulation.coverage import Coverage
 
 _CALLS = STATS.index("calls")
-_CHANGED = STATS.index("changed")
 
 
 @dataclass(frozen=True)
