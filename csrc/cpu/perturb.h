@@ -74,36 +74,55 @@ AQN_HD void normal_tile(float* z, int64_t column, uint64_t row, uint64_t key, ui
   interleave(z, z0, z1, z2, z3);
 }
 
-// Part of a logical row: columns [column + low, column + high) of it stand in memory from `offset` on. column is a
-// multiple of 4, so that a tile is made of whole Philox blocks wherever the row begins.
+// Part of a logical row: columns [column + low, column + high) of it, of which the first is the value at `offset` of a
+// line. column is a multiple of 4, so that a tile is made of whole Philox blocks wherever the line begins.
 struct Tile {
   uint64_t row;
   int64_t column, offset;
   int low, high;
 };
 
-// A contiguous [rows, columns] matrix in tiles. Some are empty where rows begin within a block.
-class Tiling {
- public:
-  Tiling(const RowIds& ids, int64_t rows, int64_t columns)
-      : ids_(ids), columns_(columns), per_row_((columns + (ids.pairs ? 3 : 0) + kTile - 1) / kTile) {
-    count = rows * per_row_;
-  }
-  int64_t count;
+// n values from a column of a logical row on, in tiles.
+template <class Body>
+AQN_HD void for_tiles(uint64_t row, int64_t column, int64_t n, const Body& body) {
+  const int shift = static_cast<int>(column % 4);
+  for (int64_t start = -shift; start < n; start += kTile)
+    body(
+        Tile{row, column + start, start, start < 0 ? shift : 0, static_cast<int>(std::min<int64_t>(kTile, n - start))});
+}
 
-  Tile operator[](int64_t i) const {
-    const int64_t r = i / per_row_, start = (i % per_row_) * kTile;
-    const int64_t first = ids_.pairs ? ids_.at[2 * r + 1] : 0, shift = first % 4;
-    const int64_t id = ids_.pairs ? ids_.at[2 * r] : (ids_.at ? ids_.at[r] : r);
-    const int low = start == 0 ? static_cast<int>(shift) : 0;
-    const int high = static_cast<int>(std::max<int64_t>(low, std::min<int64_t>(kTile, columns_ + shift - start)));
-    return {static_cast<uint64_t>(id), first - shift + start, r * columns_ + start + low - shift, low, high};
+// A [rows, columns] matrix in lines: parts of rows of a fixed length, so that sums over a chunk of lines depend on the
+// shape alone.
+class Lines {
+ public:
+  static constexpr int64_t kLine = 4096, kChunk = 8192;
+
+  Lines(int64_t rows, int64_t columns)
+      : columns_(columns), per_row_((columns + kLine - 1) / kLine), count_(rows * per_row_) {
+    per_chunk_ = per_row_ == 1 ? std::max<int64_t>(1, kChunk / columns) : kChunk / kLine;
+    chunks = (count_ + per_chunk_ - 1) / per_chunk_;
+  }
+  int64_t chunks = 0;
+
+  // body(row, column, n) for each line of a chunk
+  template <class Body>
+  void for_each(int64_t chunk, const Body& body) const {
+    const int64_t last = std::min(count_, (chunk + 1) * per_chunk_);
+    for (int64_t i = chunk * per_chunk_; i < last; ++i) {
+      const int64_t column = (i % per_row_) * kLine;
+      body(i / per_row_, column, std::min(kLine, columns_ - column));
+    }
   }
 
  private:
-  RowIds ids_;
-  int64_t columns_, per_row_;
+  int64_t columns_, per_row_, count_, per_chunk_ = 0;
 };
+
+// Logical row and first column of a row of a matrix.
+AQN_HD uint64_t logical_row(const RowIds& ids, int64_t r) {
+  return static_cast<uint64_t>(ids.at ? ids.at[ids.pairs ? 2 * r : r] : r);
+}
+AQN_HD int64_t first_column(const RowIds& ids, int64_t r) { return ids.pairs ? ids.at[2 * r + 1] : 0; }
 
 // Which values a model with a rate hits; returns how many of them are the tile's own.
 inline int decide(const ErrorModel& m, uint32_t* hit, const float* y, const Tile& t) {
@@ -182,21 +201,19 @@ AQN_HD void measure_perturb(const float* before, const float* after, const float
 }
 
 template <class T>
-AQN_HD void load_tile(float* to, const void* from, const Tile& t) {
-  const T* p = static_cast<const T*>(from) + t.offset;
+AQN_HD void load_tile(float* to, const T* line, const Tile& t) {
   if (t.high - t.low == kTile)
-    load_all(to, p, kTile);  // a fixed number of values needs no loop
+    load_all(to, line + t.offset, kTile);  // a fixed number of values needs no loop
   else
-    load_all(to + t.low, p, t.high - t.low);
+    load_all(to + t.low, line + t.offset + t.low, t.high - t.low);
 }
 
 template <class T>
-AQN_HD void store_tile(void* to, const float* from, const Tile& t) {
-  T* p = static_cast<T*>(to) + t.offset;
+AQN_HD void store_tile(T* line, const float* from, const Tile& t) {
   if (t.high - t.low == kTile)
-    store_all(p, from, kTile);
+    store_all(line + t.offset, from, kTile);
   else
-    store_all(p, from + t.low, t.high - t.low);
+    store_all(line + t.offset + t.low, from + t.low, t.high - t.low);
 }
 
 template <class Out>
@@ -211,36 +228,60 @@ void measure_tile(const float* before, const float* after, const float* unit, co
   measure_perturb(before + low, after + low, clean + low, stored + low, unit + low, t.high - low, sums);
 }
 
+// n values that stand from `column` of a row of the whole matrix on, through the chain of models. The matrix that `a`
+// describes gives the logical rows and the models; where the values stand is told apart from it.
 template <class In, class Out, bool Measure>
-Stats perturb_typed(const PerturbArgs& a) {
-  const Tiling tiles(a.row_ids, a.rows, a.columns);
-  const int64_t per_chunk = 64, chunks = (tiles.count + per_chunk - 1) / per_chunk;
+void perturb_line(const PerturbArgs& a, int64_t row, int64_t column, int64_t n, const In* y, Out* out,
+                  const float* magnitudes, Sums& sums) {
   const ErrorModel* one = a.models_count == 1 ? a.models : nullptr;
   const bool relative = one && one->kind == ErrorKind::kRelativeGaussian;
   const bool absolute = one && one->kind == ErrorKind::kAbsoluteGaussian;
-  std::vector<Stats> parts(Measure ? chunks : 0);
-  for_chunks(chunks, a.threads, [&](int64_t c) {
+  // Outside of a tile's own values stand those of the one before: they are computed with and never stored.
+  float x[kTile] = {}, magnitude[kTile] = {}, before[kTile], constant[kTile];
+  std::fill_n(constant, kTile, absolute ? 1.0f : 0.0f);
+  const float* unit = relative ? (one->by_magnitude ? magnitude : before) : constant;
+  for_tiles(logical_row(a.row_ids, row), first_column(a.row_ids, row) + column, n, [&](const Tile& t) {
+    load_tile(x, y, t);
+    if (magnitudes) load_tile(magnitude, magnitudes, t);
+    if (Measure) std::copy_n(x, kTile, before);
+    int hits = 0;
+    for (int m = 0; m < a.models_count; ++m) hits += miss_tile(a.models[m], x, magnitude, t);
+    if (Measure) {
+      measure_tile<Out>(before, x, unit, t, sums);
+      sums.hits += hits;
+    }
+    store_tile(out, x, t);
+  });
+}
+
+// Part of the matrix that `a` describes, which a kernel has just computed in fp32: rows [row, row + rows) and columns
+// [column, column + columns), whose first value stands at y and at out, lines y_stride and out_stride apart. a.y and
+// a.out are not used. Adds what it measured to `stats`: add those of the parts in an order that no thread changes.
+template <class Out, bool Measure>
+void perturb_part(const PerturbArgs& a, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* y,
+                  int64_t y_stride, Out* out, int64_t out_stride, Stats& stats) {
+  Sums sums;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* magnitude = a.magnitude ? a.magnitude + (row + r) * a.columns + column : nullptr;
+    perturb_line<float, Out, Measure>(a, row + r, column, columns, y + r * y_stride, out + r * out_stride, magnitude,
+                                      sums);
+  }
+  if (Measure) sums.flush(stats, rows * columns);
+}
+
+template <class In, class Out, bool Measure>
+Stats perturb_typed(const PerturbArgs& a) {
+  const Lines lines(a.rows, a.columns);
+  std::vector<Stats> parts(Measure ? lines.chunks : 0);
+  for_chunks(lines.chunks, a.threads, [&](int64_t c) {
     Sums sums;
     int64_t count = 0;
-    // Outside of a tile's own values stand those of the one before: they are computed with and never stored.
-    float y[kTile] = {}, magnitude[kTile] = {}, before[kTile], constant[kTile];
-    std::fill_n(constant, kTile, absolute ? 1.0f : 0.0f);
-    const float* unit = relative ? (one->by_magnitude ? magnitude : before) : constant;
-    const int64_t last = std::min(tiles.count, (c + 1) * per_chunk);
-    for (int64_t i = c * per_chunk; i < last; ++i) {
-      const Tile t = tiles[i];
-      load_tile<In>(y, a.y, t);
-      if (a.magnitude) load_tile<float>(magnitude, a.magnitude, t);
-      if (Measure) std::copy_n(y, kTile, before);
-      int hits = 0;
-      for (int m = 0; m < a.models_count; ++m) hits += miss_tile(a.models[m], y, magnitude, t);
-      if (Measure) {
-        measure_tile<Out>(before, y, unit, t, sums);
-        sums.hits += hits;
-      }
-      store_tile<Out>(a.out, y, t);
-      count += t.high - t.low;
-    }
+    lines.for_each(c, [&](int64_t row, int64_t column, int64_t n) {
+      const int64_t at = row * a.columns + column;
+      perturb_line<In, Out, Measure>(a, row, column, n, static_cast<const In*>(a.y) + at, static_cast<Out*>(a.out) + at,
+                                     a.magnitude ? a.magnitude + at : nullptr, sums);
+      count += n;
+    });
     if (Measure) sums.flush(parts[c], count);
   });
   return total(parts);
@@ -253,6 +294,7 @@ Stats perturb_to(const PerturbArgs& a, bool measure) {
 
 Stats perturb(const PerturbArgs& a, bool measure) {
   const bool bf16_in = a.in_dtype == Dtype::kBFloat16, bf16_out = a.out_dtype == Dtype::kBFloat16;
+  if (a.rows == 0 || a.columns == 0) return {};
   if (bf16_in) return bf16_out ? perturb_to<bf16, bf16>(a, measure) : perturb_to<bf16, float>(a, measure);
   return bf16_out ? perturb_to<float, bf16>(a, measure) : perturb_to<float, float>(a, measure);
 }
@@ -268,15 +310,17 @@ void normal(float* out, int64_t rows, int64_t columns, uint64_t key, uint32_t wo
 
 void random_words(uint32_t* out, const RowIds& row_ids, int64_t rows, int64_t columns, uint64_t key, uint32_t word,
                   int threads) {
-  const Tiling tiles(row_ids, rows, columns);
-  const int64_t per_chunk = 64, chunks = (tiles.count + per_chunk - 1) / per_chunk;
-  for_chunks(chunks, threads, [&](int64_t c) {
+  if (rows == 0 || columns == 0) return;
+  const Lines lines(rows, columns);
+  for_chunks(lines.chunks, threads, [&](int64_t c) {
     uint32_t words[kTile];
-    for (int64_t i = c * per_chunk; i < std::min(tiles.count, (c + 1) * per_chunk); ++i) {
-      const Tile t = tiles[i];
-      word_tile(words, t.column, t.row, key, word);
-      std::copy(words + t.low, words + t.high, out + t.offset);
-    }
+    lines.for_each(c, [&](int64_t row, int64_t column, int64_t n) {
+      uint32_t* to = out + row * columns + column;
+      for_tiles(logical_row(row_ids, row), first_column(row_ids, row) + column, n, [&](const Tile& t) {
+        word_tile(words, t.column, t.row, key, word);
+        std::copy(words + t.low, words + t.high, to + t.offset + t.low);
+      });
+    });
   });
 }
 
