@@ -27,6 +27,10 @@ ORDERS = ("fused", "products-first", "even-odd", "pairwise")
 
 ROUNDINGS = ("truncate", "nearest-even")
 
+HOST = "host"
+"""What op ``gemm`` takes in place of an accumulator's text: fp32 sums as the host makes them. No profile asks for it by
+name: it is what a product without an accumulator is."""
+
 _CHOICES = {
     "order": ORDERS,
     "rounding": ROUNDINGS,

@@ -352,6 +352,11 @@ def sigma_of(models: Sequence[ErrorModel]) -> float | None:
     return one.sigma if isinstance(one, (RelativeGaussian, AbsoluteGaussian)) else None
 
 
+def needs_magnitude(models: Sequence[ErrorModel]) -> bool:
+    """Whether a model of a chain misses by a share of ``|A| @ |B|``."""
+    return any(isinstance(m, RelativeGaussian) and m.reference == "absdot" for m in models)
+
+
 def rate_of(models: Sequence[ErrorModel]) -> float:
     """Hits that a chain asks for, an element: the sum of the rates of its models; 0 where none has a rate."""
     return sum(m.rate for m in models if isinstance(m, _Rated))

@@ -11,6 +11,7 @@ import torch
 import aqnsim
 from aqnsim import backends
 from aqnsim.backends.compose import compositions
+from aqnsim.backends.cpu import missed
 from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec, Profile, Rule
 from benchmarks.timing import alternate
 from training.adapters import attach_lora
@@ -77,7 +78,7 @@ def _unmeasured() -> str:
         def quiet(op: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args: op(*args[:-1], False)
 
-        ops = {**cpu, **compositions(quiet(cpu["cast"]), quiet(cpu["perturb"]), cpu["gemm"])}
+        ops = {**cpu, **compositions(quiet(cpu["cast"]), quiet(cpu["perturb"]), cpu["gemm"], quiet(missed))}
         backends.register(backends.Backend(name=name, devices=("cpu",), ops=ops))
     return name
 

@@ -84,6 +84,35 @@ void gemm(uintptr_t a, uintptr_t b, uintptr_t out, int dtype, std::array<int64_t
   cpu::kernels().gemm(g);
 }
 
+StatsArray product(std::array<uintptr_t, 4> addresses, std::array<std::array<int64_t, 3>, 2> strides, int out_dtype,
+                   std::array<int64_t, 4> shape, bool bias_is_missed, uintptr_t row_ids, bool pairs,
+                   const std::vector<ErrorModel>& models, bool measure, int threads) {
+  const auto [a, b, bias, out] = addresses;
+  cpu::ProductArgs g;
+  g.a = {at<const void>(a), strides[0][0], strides[0][1], strides[0][2]};
+  g.b = {at<const void>(b), strides[1][0], strides[1][2], strides[1][1]};
+  g.batch = shape[0];
+  g.m = shape[1];
+  g.k = shape[2];
+  g.n = shape[3];
+  g.bias = at<const float>(bias);
+  g.bias_is_missed = bias_is_missed;
+  g.threads = threads;
+  g.result = {nullptr,
+              at<void>(out),
+              cpu::Dtype::kFloat32,
+              static_cast<cpu::Dtype>(out_dtype),
+              g.batch * g.m,
+              g.n,
+              {at<const int64_t>(row_ids), pairs},
+              nullptr,
+              models.data(),
+              static_cast<int>(models.size()),
+              1};
+  py::gil_scoped_release release;
+  return as_array(cpu::kernels().product(g, measure));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -147,6 +176,8 @@ PYBIND11_MODULE(_core, m) {
            "lanes"_a, "bit"_a, "low_bit"_a);
   m.def("perturb", &perturb);
   m.def("gemm", &gemm);
+  m.def("product", &product);
+  m.def("has_product", [] { return cpu::kernels().product != nullptr; });
   m.def("amax", [](uintptr_t x, int dtype, int64_t n, int threads) {
     py::gil_scoped_release release;
     return cpu::kernels().amax(at<const void>(x), static_cast<cpu::Dtype>(dtype), n, threads);

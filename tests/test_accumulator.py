@@ -359,7 +359,7 @@ def digest() -> str:
     return sums.hexdigest()
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     code = "import test_accumulator; from aqnsim import _core; print(_core.isa(), test_accumulator.digest())"
     env = os.environ | {"AQNSIM_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}

@@ -733,7 +733,7 @@ def digest() -> str:
     return h.hexdigest()
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     code = "import test_cpu; from aqnsim import _core; print(_core.isa(), test_cpu.digest())"
     env = os.environ | {"AQNSIM_ISA": isa, "PYTHONPATH": os.path.dirname(__file__)}

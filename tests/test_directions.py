@@ -15,6 +15,7 @@ from values import same_bits
 import aqnsim
 import aqnsim.ops
 from aqnsim import NoiseKey
+from aqnsim.accumulator import HOST
 from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec
 from aqnsim.receipts import STREAMS
 from aqnsim.rng import clock, key_of
@@ -43,7 +44,7 @@ def cast(x: Tensor, fmt: str | None, axis: int, stream: str = "") -> Tensor:
 def product(a: Tensor, b: Tensor, output: str | None) -> Tensor:
     if output is None:
         return a @ b
-    return cast(a.float() @ b.float(), output, -1).to(a.dtype)
+    return cast(torch.ops.aqnsim.gemm(a, b, HOST), output, -1).to(a.dtype)
 
 
 @DTYPES
@@ -128,7 +129,7 @@ def test_a_bias_is_added_after_the_error_or_before_it(dtype: torch.dtype, bias: 
     def missed(t: Tensor) -> Tensor:
         return torch.ops.aqnsim.perturb(t, FIVE, KEYS[2], CLOCK, None, None, None, False)[0]  # type: ignore[no-any-return]
 
-    clean = x.float() @ w.float().t()
+    clean = torch.ops.aqnsim.gemm(x, w.t(), HOST)
     expected = missed(clean) + b.float() if bias == "exact" else missed(clean + b.float())
     assert same_bits(y, expected.to(dtype))
 

@@ -13,6 +13,7 @@ from values import same_bits
 
 import aqnsim
 from aqnsim import BackendError, ConfigError, NoiseKey, RelativeGaussian, formats
+from aqnsim.accumulator import HOST
 from aqnsim.backends.compose import _SPREAD
 from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec
 from aqnsim.receipts import STATS, STREAMS
@@ -272,16 +273,20 @@ def test_linear_is_cast_gemm_perturb_bias_round(dtype: torch.dtype, with_bias: b
     def missed(product: Tensor, error: str | None, key: int, r: Tensor | None) -> Tensor:
         return OPS.perturb(product, error, key, STEP, r, None, None, False)[0]
 
-    xq, wq = cast_as(x, "mxfp4").float().view(10, 70), cast_as(w, "nvfp4").float()
-    product = missed(xq @ wq.t(), NOISY.forward.error, KEYS[OUTPUT], rows)
+    xq, wq = cast_as(x, "mxfp4").view(10, 70), cast_as(w, "nvfp4")
+    product = missed(OPS.gemm(xq, wq.t(), HOST), NOISY.forward.error, KEYS[OUTPUT], rows)
     expected = product if b is None else product + b.float()
     assert same_bits(y, expected.to(dtype).view(2, 5, 12))
-    g2 = g.float().view(10, 12)
+    g2 = g.view(10, 12)
     assert x.grad is not None
-    assert same_bits(x.grad.view(10, 70), missed(g2 @ wq, NOISY.grad_input.error, KEYS[GRAD_INPUT], rows).to(dtype))
+    assert same_bits(
+        x.grad.view(10, 70), missed(OPS.gemm(g2, wq, HOST), NOISY.grad_input.error, KEYS[GRAD_INPUT], rows).to(dtype)
+    )
     own = None if rows is None else torch.arange(12) + rows[:1] * _SPREAD
     assert w.grad is not None
-    assert same_bits(w.grad, missed(g2.t() @ xq, NOISY.grad_weight.error, KEYS[GRAD_WEIGHT], own).to(dtype))
+    assert same_bits(
+        w.grad, missed(OPS.gemm(g2.t(), xq, HOST), NOISY.grad_weight.error, KEYS[GRAD_WEIGHT], own).to(dtype)
+    )
 
 
 def test_both_backends_give_the_same_linear() -> None:
@@ -312,7 +317,7 @@ def test_an_error_far_below_half_an_ulp_still_changes_bf16_results(with_bias: bo
     x, w = tensor(64, 128, dtype=torch.bfloat16), tensor(256, 128, dtype=torch.bfloat16, seed=1)
     b = tensor(256, dtype=torch.bfloat16, seed=2) if with_bias else None
     y, stats = run_linear(spec, x, w, b)
-    product = x.float() @ w.float().t()
+    product = OPS.gemm(x, w.t(), HOST)
     clean = (product if b is None else product + b.float()).bfloat16()
     share = float((y != clean).double().mean())
     # |N(0, sigma)| over the spacing 2^-8 .. 2^-7 of bf16 gives the share of results that it carries over a midpoint
@@ -346,7 +351,7 @@ def test_gradient_receipts_speak_of_what_was_stored(grad: str) -> None:
     gx, gw, stats = OPS.linear_backward(g, x, w, spec.text, True, KEYS, STEP, None, True, True)
     clean_x, clean_w, _ = OPS.linear_backward(g, x, w, PLAIN.text, True, KEYS, STEP, None, True, True)
     noisy, clean, s = (gx, clean_x, stats[2]) if grad == "grad_input" else (gw, clean_w, stats[6])
-    exact = {"grad_input": g.float() @ w.float(), "grad_weight": g.float().t() @ x.float()}[grad].bfloat16()
+    exact = OPS.gemm(*{"grad_input": (g, w), "grad_weight": (g.t(), x)}[grad], HOST).bfloat16()
     share = float((noisy != exact).double().mean())
     assert 0 < share < 0.1
     assert stat(s, "changed") / stat(s, "count") == share

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aqnsim._errors import ConfigError
-from aqnsim.errors import BitFlip, ErrorModel, RelativeGaussian, chain, rate_of, sigma_of
+from aqnsim.errors import BitFlip, ErrorModel, chain, needs_magnitude, rate_of, sigma_of
 from aqnsim.formats import AnyFormat, random_bits
 from aqnsim.receipts import STATS
 from aqnsim.rng import COLUMN_BITS
@@ -75,6 +75,21 @@ def check_rows(what: str, x: Tensor, rows: Tensor | None) -> Tensor | None:
     return rows.contiguous()
 
 
+def check_models(error: str, dtype: torch.dtype) -> tuple[ErrorModel, ...]:
+    """The models of a chain that ``perturb`` can apply to a result of a dtype.
+
+    Raises:
+        ConfigError: no chain, a flip of codes or scales, or a bit that the dtype lacks.
+    """
+    models = chain(error)
+    for m in models:
+        if isinstance(m, BitFlip) and m.target != "value":
+            raise ConfigError(f"perturb: {m} acts on the {m.target} of a cast; perturb has none: use target=value")
+        if isinstance(m, BitFlip) and dtype == torch.bfloat16 and m.bit > 15:
+            raise ConfigError(f"perturb: {m} on a bfloat16 result: expected bit in -1..15")
+    return models
+
+
 def check_chain(
     error: str, y: Tensor, magnitude: Tensor | None, dtype: torch.dtype
 ) -> tuple[tuple[ErrorModel, ...], Tensor | None]:
@@ -89,13 +104,8 @@ def check_chain(
         ConfigError: no chain, a flip of codes or scales, a bit that the dtype lacks, or a magnitude that is missing,
             not used or of another shape or dtype.
     """
-    models = chain(error)
-    for m in models:
-        if isinstance(m, BitFlip) and m.target != "value":
-            raise ConfigError(f"perturb: {m} acts on the {m.target} of a cast; perturb has none: use target=value")
-        if isinstance(m, BitFlip) and dtype == torch.bfloat16 and m.bit > 15:
-            raise ConfigError(f"perturb: {m} on a bfloat16 result: expected bit in -1..15")
-    if not any(isinstance(m, RelativeGaussian) and m.reference == "absdot" for m in models):
+    models = check_models(error, dtype)
+    if not needs_magnitude(models):
         if magnitude is not None:
             raise ConfigError(f"perturb: no model of {error!r} uses a magnitude; do not pass one")
         return models, None

@@ -6,6 +6,7 @@ results, what it measured of its own effect: a row of STATS for each stream of e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aqnsim._errors import ConfigError
-from aqnsim.errors import chain
+from aqnsim.accumulator import HOST
+from aqnsim.errors import chain, needs_magnitude
 from aqnsim.faults import faulty_cast
 from aqnsim.profiles.spec import OpSpec, operand, operand_draws
 from aqnsim.receipts import STATS
@@ -27,6 +29,7 @@ _OTHER, _FIRST, _ERROR, _CAST = range(4)  # the four streams of a direction
 Cast = Callable[..., tuple[Tensor, Tensor]]
 Perturb = Callable[..., tuple[Tensor, Tensor]]
 Gemm = Callable[[Tensor, Tensor, str], Tensor]
+Missed = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _rows_2d(x: Tensor) -> Tensor:
@@ -40,7 +43,7 @@ def _no_stats(like: Tensor, streams: int = 4) -> Tensor:
 
 
 def _check_rows(rows: Tensor | None, x: Tensor) -> None:
-    count = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    count = math.prod(x.shape[:-1])
     if rows is not None and rows.shape[0] != count:
         raise ConfigError(
             f"{rows.shape[0]} logical rows are set but the op has {count}; it runs on other "
@@ -93,15 +96,51 @@ def _pad(x: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat([x, x.new_zeros(shape)], axis)
 
 
-def _as_stored(stats: Tensor, clean: Tensor, stored: Tensor) -> None:
-    """What an error did once the bias was added and the result rounded: either may absorb it."""
+def _as_stored(stats: Tensor, clean: Tensor, stored: Tensor, reference: Tensor | None = None) -> None:
+    """What an error did once the bias was added and the result rounded: either may absorb it.
+
+    Args:
+        reference: ``clean`` before it was rounded.
+    """
     other = (stored != clean) & ~(stored.isnan() & clean.isnan())
     error = stored.float() - clean.float()
     finite = error.isfinite()
+    reference = clean if reference is None else reference
     stats[STATS.index("changed")] = other.sum()
     stats[STATS.index("error2")] = error.where(finite, 0.0).double().square().sum()
-    stats[STATS.index("reference2")] = clean.where(finite, 0.0).double().square().sum()
+    stats[STATS.index("reference2")] = reference.where(finite, 0.0).double().square().sum()
     stats[STATS.index("nonfinite")] = stored.numel() - stored.isfinite().sum()
+
+
+def missed_product(gemm: Gemm, perturb: Perturb) -> Missed:
+    """A product that misses, from a backend's primitives; a fused kernel is by definition equal to it."""
+
+    def missed(
+        a: Tensor,
+        b: Tensor,
+        unit: str,
+        bias: Tensor | None,
+        bias_is_missed: bool,
+        error: str,
+        key: int,
+        clock: Tensor,
+        rows: Tensor | None,
+        dtype: torch.dtype,
+        measure: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y = gemm(a, b, unit)
+        if bias is not None and bias_is_missed:
+            y, bias = y + bias.float(), None
+        magnitude = a.float().abs() @ b.float().abs() if needs_magnitude(chain(error)) else None
+        if bias is None:
+            return perturb(y, error, key, clock, rows, magnitude, dtype, measure)
+        stored, stats = perturb(y, error, key, clock, rows, magnitude, None, measure)
+        stored, clean = (stored + bias.float()).to(dtype), y + bias.float()
+        if measure:
+            _as_stored(stats, clean.to(dtype), stored, clean)
+        return stored, stats
+
+    return missed
 
 
 @dataclass(frozen=True)
@@ -115,8 +154,8 @@ class _Direction:
     """
 
     cast: Cast
-    perturb: Perturb
     gemm: Gemm
+    missed: Missed
     part: Any
     keys: Sequence[int]
     clock: Tensor
@@ -143,54 +182,48 @@ class _Direction:
         self, first: Tensor, other: Tensor, rows: Tensor | None, dtype: torch.dtype, stats: Tensor, bias: Tensor | None
     ) -> Tensor:
         """``first @ other`` as the part asks for it, in ``dtype``."""
-        error, output = self.part.error, self.part.output
-        if error is None and output is None and self.part.accumulator is None:
+        error, output, unit = self.part.error, self.part.output, self.part.accumulator
+        if error is None and output is None and unit is None:
             return (first @ other).to(dtype)
-        if self.part.accumulator is None:
-            y = first.float() @ other.float()
+        if not first.dtype == other.dtype == torch.bfloat16:  # products of float16 are exact in float32, too
+            first, other = first.float(), other.float()
+        if error is None:
+            y = self.gemm(first, other, unit or HOST)
+            y = y if bias is None else y + bias.float()
         else:
-            half = torch.float16 in (first.dtype, other.dtype)  # whose products float32 operands give as exactly
-            operands = (first.float(), other.float()) if half else (first, other)
-            y = self.gemm(*operands, self.part.accumulator)
-            stats[_ERROR, STATS.index("calls")] = 1  # an error would count its own
-        if bias is not None and self.part.bias == "missed":
-            y, bias = y + bias.float(), None
-        magnitude = None
-        if error is not None and any(getattr(model, "reference", "") == "absdot" for model in chain(error)):
-            magnitude = first.float().abs() @ other.float().abs()
-        return self._finish(y, magnitude, rows, dtype, stats, bias)
-
-    def _finish(
-        self,
-        y: Tensor,
-        magnitude: Tensor | None,
-        rows: Tensor | None,
-        dtype: torch.dtype,
-        stats: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """An fp32 result after its error, its bias and its cast, in ``dtype``."""
-        error, output, clean = self.part.error, self.part.output, y
-        if error is not None:
-            _check_rows(rows, y)
-            last = bias is None and output is None
-            y, stats[_ERROR] = self.perturb(
-                y, error, self.keys[_ERROR], self.clock, rows, magnitude, dtype if last else None, True
+            _check_rows(rows, first)
+            y, stats[_ERROR] = self.missed(
+                first,
+                other,
+                unit or HOST,
+                bias,
+                bias is not None and self.part.bias == "missed",
+                error,
+                self.keys[_ERROR],
+                self.clock,
+                rows,
+                dtype if output is None else torch.float32,
+                True,
             )
-        if bias is not None:
-            y = y + bias.float()
-            if error is not None and output is None:
-                _as_stored(stats[_ERROR], (clean + bias.float()).to(dtype), y.to(dtype))
+        if unit is not None:
+            stats[_ERROR, STATS.index("calls")] = 1
         if output is not None:
             y, stats[_CAST] = _stored(self.cast, y, output, -1, self.keys[_CAST], self.clock, rows)
         return y.to(dtype)
 
 
-def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable[..., Any]]:
-    """The emulated ops from a backend's primitives."""
+def compositions(
+    cast: Cast, perturb: Perturb, gemm: Gemm, missed: Missed | None = None
+) -> dict[str, Callable[..., Any]]:
+    """The emulated ops from a backend's primitives.
+
+    Args:
+        missed: a kernel for :func:`missed_product`.
+    """
+    missed = missed or missed_product(gemm, perturb)
 
     def direction(part: Any, keys: Sequence[int], clock: Tensor) -> _Direction:
-        return _Direction(cast, perturb, gemm, part, keys, clock)
+        return _Direction(cast, gemm, missed, part, keys, clock)
 
     def linear(
         x: Tensor,

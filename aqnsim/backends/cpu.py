@@ -12,17 +12,18 @@ from torch import Tensor
 
 from aqnsim import _core, accumulator
 from aqnsim._errors import BackendError
-from aqnsim.backends import Backend, register
+from aqnsim.backends import Backend, host, register
 from aqnsim.backends.checks import (
     check_chain,
     check_dtype,
     check_gemm,
+    check_models,
     check_rows,
     check_step,
     perturb_stats,
     shape_in_rows,
 )
-from aqnsim.backends.compose import compositions
+from aqnsim.backends.compose import compositions, missed_product
 from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import (
     AbsoluteGaussian,
@@ -34,6 +35,8 @@ from aqnsim.errors import (
     Spike,
     Stuck,
     SystematicBias,
+    chain,
+    needs_magnitude,
 )
 from aqnsim.formats import (
     ROUNDINGS,
@@ -304,6 +307,8 @@ def _accumulator(text: str) -> object:
 
 
 def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
+    if text == accumulator.HOST:
+        return host.gemm(a, b)
     shape = check_gemm(a, b)
     a, b = a.contiguous(), b.contiguous()
     out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
@@ -319,6 +324,42 @@ def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
     return out
 
 
+_composed = missed_product(gemm, perturb)
+
+
+def missed(
+    a: Tensor,
+    b: Tensor,
+    unit: str,
+    bias: Tensor | None,
+    bias_is_missed: bool,
+    error: str,
+    key: int,
+    step: Tensor,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    measure: bool,
+) -> tuple[Tensor, Tensor]:
+    """``compose.missed_product``, of bf16 in one pass where the host has an instruction for it."""
+    if unit != accumulator.HOST or needs_magnitude(chain(error)) or dtype not in _DTYPES or not host.multiplies(a, b):
+        return _composed(a, b, unit, bias, bias_is_missed, error, key, step, rows, dtype, measure)
+    rows = check_rows("perturb", a, rows)
+    flips_bf16 = dtype == torch.bfloat16 and (bias is None or bias_is_missed)
+    models = check_models(error, dtype if flips_bf16 else torch.float32)
+    clock = int(step)
+    y, stats = host.product(
+        a,
+        b,
+        dtype,
+        bias,
+        bias_is_missed,
+        _row_ids(rows),
+        [_error_model(m, i, key, clock, flips_bf16) for i, m in enumerate(models)],
+        measure,
+    )
+    return y, _stats(stats, measure, models)
+
+
 BACKEND = register(
     Backend(
         name="cpu",
@@ -328,7 +369,7 @@ BACKEND = register(
             "quantize": quantize,
             "perturb": perturb,
             "gemm": gemm,
-            **compositions(cast, perturb, gemm),
+            **compositions(cast, perturb, gemm, missed),
         },
     )
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aqnsim import accumulator, reference
-from aqnsim.backends import Backend, register
+from aqnsim.backends import Backend, host, register
 from aqnsim.backends.checks import (
     check_chain,
     check_dtype,
@@ -160,6 +160,8 @@ def perturb(
 
 
 def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
+    if text == accumulator.HOST:
+        return host.gemm(a, b)
     check_gemm(a, b)
     return _tensor(reference.gemm(_numpy(a), _numpy(b), accumulator.get(text)))
 

@@ -104,15 +104,17 @@ def _distinct(values: Iterable[str | None]) -> str:
 
 
 def backend_table() -> Table:
-    """Every backend: where it can run, what it implements, and the devices that it serves now."""
+    """Every backend: where it can run, what it implements, the devices that it serves now, and what multiplies bf16."""
     from aqnsim import backends  # here, so that the other commands do not load torch
+    from aqnsim.backends import host
 
     chosen = backends.chosen()
-    rows: Table = [("name", "devices", "serves", "ops")]
+    rows: Table = [("name", "devices", "serves", "bf16 products", "ops")]
     for name in backends.names():
         backend = backends.get(name)
         serves = [device for device, server in chosen.items() if server == name]
-        rows.append((name, ", ".join(backend.devices), ", ".join(serves) or "-", ", ".join(backend.ops)))
+        unit = host.unit() if "cpu" in backend.devices else "-"
+        rows.append((name, ", ".join(backend.devices), ", ".join(serves) or "-", unit, ", ".join(backend.ops)))
     return rows
 
 

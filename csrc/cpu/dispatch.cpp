@@ -19,6 +19,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512bf16 {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -29,8 +32,10 @@ std::vector<const Kernels*> runnable() {  // narrowest first
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2")) tables.push_back(&avx2::table);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
     tables.push_back(&avx512::table);
+    if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512bf16::table);
+  }
 #endif
   return tables;
 }

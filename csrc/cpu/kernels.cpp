@@ -9,6 +9,6 @@
 namespace aqn::cpu::AQN_ISA {
 
 extern const Kernels table;
-const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm};
+const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm, nullptr};
 
 }  // namespace aqn::cpu::AQN_ISA

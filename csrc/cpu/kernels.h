@@ -70,7 +70,26 @@ struct GemmArgs {
   int threads;
 };
 
-// One table for each instruction set that kernels.cpp is compiled for.
+// A matrix for each of a batch, strides in elements; one of row_stride and depth_stride is 1. Rows are those of a and
+// the columns of b, depth is the contraction.
+struct ProductOperand {
+  const void* at;
+  int64_t batch_stride, row_stride, depth_stride;
+};
+
+// bf16 [batch, m, k] and [batch, k, n] to [batch, m, n] by the host's own instruction, summed in fp32; then the bias
+// and the chain of models of `result`, whose y is not used: as the sums of a tile are there. Without models the result
+// is fp32.
+struct ProductArgs {
+  ProductOperand a, b;
+  int64_t batch, m, k, n;
+  const float* bias;    // optional: [n]
+  bool bias_is_missed;  // whether it is added before the models act
+  PerturbArgs result;
+  int threads;
+};
+
+// One table for each instruction set.
 struct Kernels {
   const char* isa;
   Stats (*cast)(const CastArgs&, bool measure);
@@ -80,6 +99,7 @@ struct Kernels {
   void (*random_words)(uint32_t* out, const RowIds&, int64_t rows, int64_t columns, uint64_t key, uint32_t word,
                        int threads);
   void (*gemm)(const GemmArgs&);
+  Stats (*product)(const ProductArgs&, bool measure);  // null where the processor does not multiply bf16 matrices
 };
 
 const Kernels& kernels();  // the best table that this processor can run
