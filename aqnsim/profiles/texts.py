@@ -43,7 +43,7 @@ FIELD_MEANINGS: Mapping[str, str] = {
     "phases": "where the rule holds: rollout, train, eval, reference; all by default",
     "forward.input": "format of the first operand; of every operand of an op that is no product",
     "forward.weight": "format of the second operand: the weight, the keys of qk, the values of pv",
-    "forward.accumulator": "how the products are added: a matrix unit or accumulator(...); the host's fp32 where absent",
+    "forward.accumulator": "how products are added: a matrix unit or accumulator(...); the host's fp32 where absent",
     "forward.approximation": "tables for softmax (exp, reciprocal), norms (rsqrt), activations (exp, erf, tanh)",
     "forward.error": "error model, or a chain of them: how the result misses, in fp32",
     "forward.output": "format of the result, after the error and the bias",
