@@ -1,0 +1,132 @@
+// Random words and normals of one tile in AVX-512: philox4x32_10 and box_muller of core/, to the last bit, in the fewest
+// instructions found. What the compiler makes of those takes twice as long.
+#pragma once
+
+// GCC 12 takes the undefined operands in its own header for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "../core/normal.h"
+
+namespace aqn::cpu::AQN_ISA {
+namespace {
+
+// The words of 8 Philox blocks: words 0 and 2 of block b of them, the radius words, stand in lanes 2 b and 2 b + 1 of
+// one register, words 1 and 3, the angle words, in those of another.
+struct Words {
+  __m512i radius, angle;
+};
+
+AQN_HD __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+
+// Philox blocks first, first + 1, ... of a row, 8 for each of N results. A register holds one word of 8 blocks, in the
+// low halves of its 64-bit lanes, where the multiplication reads; what is left in the high halves is never read. The
+// order of the blocks in a register is the one in which unpacking leaves columns in order.
+template <int N>
+AQN_HD void philox_words(Words* out, uint32_t first, uint64_t row, uint64_t key, uint32_t word) {
+  constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u, kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
+  const __m512i m0 = _mm512_set1_epi64(kM0), m1 = _mm512_set1_epi64(kM1);
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  // All blocks of a row share three words of the counter, so that of the first two rounds one half is the same for all.
+  const uint64_t shared1 = uint64_t{kM1} * static_cast<uint32_t>(row >> 32);
+  const uint32_t n0 = static_cast<uint32_t>(shared1 >> 32) ^ static_cast<uint32_t>(row) ^ k0;
+  const uint64_t shared0 = uint64_t{kM0} * n0;
+  const __m512i x2 = _mm512_set1_epi64(word ^ k1);
+  k0 += kW0;
+  k1 += kW1;
+  const __m512i x0 = _mm512_set1_epi64(static_cast<uint32_t>(shared1) ^ k0);
+  const uint32_t high0 = static_cast<uint32_t>(shared0 >> 32) ^ k1;
+  __m512i c0[N], c1[N], c2[N], c3[N];
+  for (int i = 0; i < N; ++i) {
+    const __m512i counter = _mm512_add_epi32(order, _mm512_set1_epi64(first + 8u * static_cast<uint32_t>(i)));
+    const __m512i p0 = _mm512_mul_epu32(counter, m0);
+    c2[i] = _mm512_xor_si512(_mm512_srli_epi64(p0, 32), x2);
+    const __m512i p1 = _mm512_mul_epu32(c2[i], m1);
+    c0[i] = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), x0);
+    c2[i] = _mm512_xor_si512(p0, _mm512_set1_epi64(high0));
+    c1[i] = p1;
+    c3[i] = _mm512_set1_epi64(static_cast<uint32_t>(shared0));
+  }
+  for (int round = 2; round < 9; ++round) {
+    k0 += kW0;
+    k1 += kW1;
+    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+    for (int i = 0; i < N; ++i) {
+      const __m512i p0 = _mm512_mul_epu32(c0[i], m0), p1 = _mm512_mul_epu32(c2[i], m1);
+      c0[i] = xor3(_mm512_srli_epi64(p1, 32), c1[i], key0);
+      c2[i] = xor3(_mm512_srli_epi64(p0, 32), c3[i], key1);
+      c1[i] = p1;
+      c3[i] = p0;
+    }
+  }
+  // The last round moves words 2 and 3 to the high halves as it goes.
+  k0 += kW0;
+  k1 += kW1;
+  const __m512i keys = _mm512_set1_epi64(static_cast<int64_t>(uint64_t{k1} << 32 | k0));
+  constexpr __mmask16 kHigh = 0xaaaa, kLow = 0x5555;
+  const auto halves = [](__m512i low, __m512i high) {
+    return _mm512_castps_si512(
+        _mm512_mask_moveldup_ps(_mm512_castsi512_ps(low), kHigh, _mm512_castsi512_ps(high)));
+  };
+  for (int i = 0; i < N; ++i) {
+    const __m512i p0 = _mm512_mul_epu32(c0[i], m0), p1 = _mm512_mul_epu32(c2[i], m1);
+    const __m512i tops = _mm512_castps_si512(
+        _mm512_mask_movehdup_ps(_mm512_castsi512_ps(p0), kLow, _mm512_castsi512_ps(p1)));
+    out[i].radius = xor3(tops, halves(c1[i], c3[i]), keys);
+    out[i].angle = halves(p1, p0);
+  }
+}
+
+// 16 pairs of normals. The comments of core/normal.h hold; of what it computes the factors that are powers of two are
+// moved to where they cost nothing, and its exponents are read by instructions that give them as floats.
+AQN_HD void box_muller(__m512i radius_word, __m512i angle_word, __m512& z0, __m512& z1) {
+  const auto f32 = [](float x) { return _mm512_set1_ps(x); };
+  const auto i32 = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); };
+  // (word & ~1) | 2 is 2 m. t is u with its exponent counted from sqrt(1/2).
+  const __m512i two_m = _mm512_ternarylogic_epi32(radius_word, i32(~1u), i32(2), 0xea);
+  const __m512i u = _mm512_castps_si512(_mm512_cvtepu32_ps(two_m));
+  const __m512i t = _mm512_sub_epi32(u, i32(0x003504f3u));
+  const __m512 e = _mm512_getexp_ps(_mm512_castsi512_ps(t));
+  const __m512i mantissa = _mm512_and_si512(t, i32(0x007fffffu));
+  const __m512 x = _mm512_castsi512_ps(_mm512_add_epi32(mantissa, i32(0x3f3504f3u))) - f32(1.0f);
+  __m512 q = f32(2 * 0.09272214025259018f);  // all doubled, as r2 = -2 ln(u)
+  q = q * x + f32(2 * -0.1411842554807663f);
+  q = q * x + f32(2 * 0.14676396548748016f);
+  q = q * x + f32(2 * -0.16592855751514435f);
+  q = q * x + f32(2 * 0.19985127449035645f);
+  q = q * x + f32(2 * -0.2500092089176178f);
+  q = q * x + f32(2 * 0.3333340883255005f);
+  const __m512 x2 = x * x;
+  const __m512 log1p = ((x + x) - x2) + (x2 * x) * q;
+  const __m512 r2 = (f32(31.0f) - e) * f32(2 * 0.6931471805599453f) - log1p;
+  const __m512 radius = _mm512_sqrt_ps(r2);  // never below 0
+  const __m512 f = _mm512_cvtepi32_ps(_mm512_slli_epi32(angle_word, 2)) * f32(0x1p-32f);
+  const __m512 g = f * f;
+  __m512 s = f32(-0.004602163098752499f);
+  s = s * g + f32(0.07968021929264069f);
+  s = s * g + f32(-0.6459634900093079f);
+  s = s * g + f32(1.5707963705062866f);
+  s = s * f;
+  __m512 c = f32(0.0009092451655305922f);
+  c = c * g + f32(-0.020862624049186707f);
+  c = c * g + f32(0.2536695599555969f);
+  c = c * g + f32(-1.2337005138397217f);
+  c = c * g + f32(1.0f);
+  // The sign of the cosine is the upper bit of quadrant + 1, that of the sine the upper bit of the quadrant.
+  const __mmask16 odd = _mm512_test_epi32_mask(angle_word, i32(0x40000000u));
+  const __m512i a = _mm512_castps_si512(_mm512_mask_blend_ps(odd, c, s));
+  const __m512i b = _mm512_castps_si512(_mm512_mask_blend_ps(odd, s, c));
+  const __m512i next = _mm512_add_epi32(angle_word, i32(0x40000000u));
+  const auto flip = [&](__m512i value, __m512i sign) {
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(value, sign, i32(kSignBit), 0x78));
+  };
+  z0 = radius * flip(a, next);
+  z1 = radius * flip(b, angle_word);
+}
+
+}  // namespace
+}  // namespace aqn::cpu::AQN_ISA
