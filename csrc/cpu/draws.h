@@ -20,7 +20,7 @@ constexpr int kWords = kTile / 32;
 
 AQN_HD void word_tile(uint32_t* words, int64_t column, uint64_t row, uint64_t key, uint32_t word) {
   Words w[kWords];
-  philox_words<kWords>(w, static_cast<uint32_t>(column / 4), row, key, word);
+  philox_words<kWords>(w, static_cast<uint32_t>(column / 4), PhiloxRow(row, key, word));
   for (int i = 0; i < kWords; ++i) {
     _mm512_storeu_si512(words + 32 * i, _mm512_unpacklo_epi32(w[i].radius, w[i].angle));
     _mm512_storeu_si512(words + 32 * i + 16, _mm512_unpackhi_epi32(w[i].radius, w[i].angle));
@@ -29,7 +29,7 @@ AQN_HD void word_tile(uint32_t* words, int64_t column, uint64_t row, uint64_t ke
 
 AQN_HD void normal_tile(float* z, int64_t column, uint64_t row, uint64_t key, uint32_t word) {
   Words w[kWords];
-  philox_words<kWords>(w, static_cast<uint32_t>(column / 4), row, key, word);
+  philox_words<kWords>(w, static_cast<uint32_t>(column / 4), PhiloxRow(row, key, word));
   for (int i = 0; i < kWords; ++i) {
     __m512 z0, z1;
     box_muller(w[i].radius, w[i].angle, z0, z1);

@@ -3,6 +3,9 @@
 
 #include "../core/error.h"
 #include "draws.h"
+#if defined(__AVX512F__)
+#include "relative_avx512.h"
+#endif
 
 namespace aqn::cpu::AQN_ISA {
 namespace {
@@ -190,7 +193,16 @@ void perturb_line(const PerturbArgs& a, int64_t row, int64_t column, int64_t n, 
   float x[kTile] = {}, magnitude[kTile] = {}, before[kTile], constant[kTile];
   std::fill_n(constant, kTile, absolute ? 1.0f : 0.0f);
   const float* unit = relative ? (one->by_magnitude ? magnitude : before) : constant;
+#if defined(__AVX512F__)
+  const bool of_output = relative && !one->by_magnitude;
+  const PhiloxRow shared(logical_row(a.row_ids, row), of_output ? one->key : 0, of_output ? one->word : 0);
+#endif
   for_tiles(logical_row(a.row_ids, row), first_column(a.row_ids, row) + column, n, [&](const Tile& t) {
+#if defined(__AVX512F__)
+    if (of_output && t.high - t.low == kTile &&
+        relative_tile<In, Out, Measure>(one->a, shared, t.column, y + t.offset, out + t.offset, sums))
+      return;
+#endif
     load_tile(x, y, t);
     if (magnitudes) load_tile(magnitude, magnitudes, t);
     if (Measure) std::copy_n(x, kTile, before);

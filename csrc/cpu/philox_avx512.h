@@ -22,60 +22,62 @@ struct Words {
 
 AQN_HD __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 
+// What all Philox blocks of a logical row share: the round keys and, as three words of the counter are the same, one half
+// of the first two rounds. In memory, from where instructions broadcast at no cost.
+struct PhiloxRow {
+  static constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u, kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
+  uint32_t key0[10], key1[10];
+  uint32_t word2_of_1, word0_of_2, word2_of_2, word3_of_2;  // by round, what the rest is xored with
+
+  AQN_HD PhiloxRow(uint64_t row, uint64_t key, uint32_t word) {
+    for (uint32_t i = 0; i < 10; ++i) {
+      key0[i] = static_cast<uint32_t>(key) + i * kW0;
+      key1[i] = static_cast<uint32_t>(key >> 32) + i * kW1;
+    }
+    const uint64_t product1 = uint64_t{kM1} * static_cast<uint32_t>(row >> 32);
+    const uint64_t product0 =
+        uint64_t{kM0} * (static_cast<uint32_t>(product1 >> 32) ^ static_cast<uint32_t>(row) ^ key0[0]);
+    word2_of_1 = word ^ key1[0];
+    word0_of_2 = static_cast<uint32_t>(product1) ^ key0[1];
+    word2_of_2 = static_cast<uint32_t>(product0 >> 32) ^ key1[1];
+    word3_of_2 = static_cast<uint32_t>(product0);
+  }
+};
+
 // Philox blocks first, first + 1, ... of a row, 8 for each of N results. A register holds one word of 8 blocks, in the
-// low halves of its 64-bit lanes, where the multiplication reads; what is left in the high halves is never read. The
+// low halves of its 64-bit lanes, where the multiplication reads; what stands in the high halves is never read. The
 // order of the blocks in a register is the one in which unpacking leaves columns in order.
 template <int N>
-AQN_HD void philox_words(Words* out, uint32_t first, uint64_t row, uint64_t key, uint32_t word) {
-  constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u, kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
-  const __m512i m0 = _mm512_set1_epi64(kM0), m1 = _mm512_set1_epi64(kM1);
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  // All blocks of a row share three words of the counter, so that of the first two rounds one half is the same for all.
-  const uint64_t shared1 = uint64_t{kM1} * static_cast<uint32_t>(row >> 32);
-  const uint32_t n0 = static_cast<uint32_t>(shared1 >> 32) ^ static_cast<uint32_t>(row) ^ k0;
-  const uint64_t shared0 = uint64_t{kM0} * n0;
-  const __m512i x2 = _mm512_set1_epi64(word ^ k1);
-  k0 += kW0;
-  k1 += kW1;
-  const __m512i x0 = _mm512_set1_epi64(static_cast<uint32_t>(shared1) ^ k0);
-  const uint32_t high0 = static_cast<uint32_t>(shared0 >> 32) ^ k1;
+AQN_HD void philox_words(Words* out, uint32_t first, const PhiloxRow& k) {
+  const auto all = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); };
+  const __m512i m0 = all(k.kM0), m1 = all(k.kM1), order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   __m512i c0[N], c1[N], c2[N], c3[N];
   for (int i = 0; i < N; ++i) {
-    const __m512i counter = _mm512_add_epi32(order, _mm512_set1_epi64(first + 8u * static_cast<uint32_t>(i)));
-    const __m512i p0 = _mm512_mul_epu32(counter, m0);
-    c2[i] = _mm512_xor_si512(_mm512_srli_epi64(p0, 32), x2);
-    const __m512i p1 = _mm512_mul_epu32(c2[i], m1);
-    c0[i] = _mm512_xor_si512(_mm512_srli_epi64(p1, 32), x0);
-    c2[i] = _mm512_xor_si512(p0, _mm512_set1_epi64(high0));
-    c1[i] = p1;
-    c3[i] = _mm512_set1_epi64(static_cast<uint32_t>(shared0));
+    const __m512i p0 = _mm512_mul_epu32(_mm512_add_epi32(order, all(first + 8u * static_cast<uint32_t>(i))), m0);
+    c2[i] = _mm512_xor_si512(_mm512_srli_epi64(p0, 32), all(k.word2_of_1));
+    c1[i] = _mm512_mul_epu32(c2[i], m1);
+    c0[i] = _mm512_xor_si512(_mm512_srli_epi64(c1[i], 32), all(k.word0_of_2));
+    c2[i] = _mm512_xor_si512(p0, all(k.word2_of_2));
+    c3[i] = all(k.word3_of_2);
   }
-  for (int round = 2; round < 9; ++round) {
-    k0 += kW0;
-    k1 += kW1;
-    const __m512i key0 = _mm512_set1_epi64(k0), key1 = _mm512_set1_epi64(k1);
+  for (int round = 2; round < 9; ++round)
     for (int i = 0; i < N; ++i) {
       const __m512i p0 = _mm512_mul_epu32(c0[i], m0), p1 = _mm512_mul_epu32(c2[i], m1);
-      c0[i] = xor3(_mm512_srli_epi64(p1, 32), c1[i], key0);
-      c2[i] = xor3(_mm512_srli_epi64(p0, 32), c3[i], key1);
+      c0[i] = xor3(_mm512_srli_epi64(p1, 32), c1[i], all(k.key0[round]));
+      c2[i] = xor3(_mm512_srli_epi64(p0, 32), c3[i], all(k.key1[round]));
       c1[i] = p1;
       c3[i] = p0;
     }
-  }
   // The last round moves words 2 and 3 to the high halves as it goes.
-  k0 += kW0;
-  k1 += kW1;
-  const __m512i keys = _mm512_set1_epi64(static_cast<int64_t>(uint64_t{k1} << 32 | k0));
   constexpr __mmask16 kHigh = 0xaaaa, kLow = 0x5555;
+  const __m512i keys = _mm512_mask_blend_epi32(kHigh, all(k.key0[9]), all(k.key1[9]));
   const auto halves = [](__m512i low, __m512i high) {
-    return _mm512_castps_si512(
-        _mm512_mask_moveldup_ps(_mm512_castsi512_ps(low), kHigh, _mm512_castsi512_ps(high)));
+    return _mm512_castps_si512(_mm512_mask_moveldup_ps(_mm512_castsi512_ps(low), kHigh, _mm512_castsi512_ps(high)));
   };
   for (int i = 0; i < N; ++i) {
     const __m512i p0 = _mm512_mul_epu32(c0[i], m0), p1 = _mm512_mul_epu32(c2[i], m1);
-    const __m512i tops = _mm512_castps_si512(
-        _mm512_mask_movehdup_ps(_mm512_castsi512_ps(p0), kLow, _mm512_castsi512_ps(p1)));
+    const __m512i tops =
+        _mm512_castps_si512(_mm512_mask_movehdup_ps(_mm512_castsi512_ps(p0), kLow, _mm512_castsi512_ps(p1)));
     out[i].radius = xor3(tops, halves(c1[i], c3[i]), keys);
     out[i].angle = halves(p1, p0);
   }
