@@ -1,5 +1,5 @@
-// Random words and normals of one tile of a logical row: columns [column, column + kTile), where column is a multiple of
-// 4 so that the tile is made of whole Philox blocks.
+// Random words and normals of one tile of a logical row: columns [column, column + kTile), where column is a multiple
+// of 4 so that the tile is made of whole Philox blocks.
 #pragma once
 
 #include "../core/normal.h"
@@ -30,11 +30,11 @@ AQN_HD void word_tile(uint32_t* words, int64_t column, uint64_t row, uint64_t ke
 AQN_HD void normal_tile(float* z, int64_t column, uint64_t row, uint64_t key, uint32_t word) {
   Words w[kWords];
   philox_words<kWords>(w, static_cast<uint32_t>(column / 4), PhiloxRow(row, key, word));
+  __m512 z0[kWords], z1[kWords];
+  box_muller<kWords>(w, z0, z1);
   for (int i = 0; i < kWords; ++i) {
-    __m512 z0, z1;
-    box_muller(w[i].radius, w[i].angle, z0, z1);
-    _mm512_storeu_ps(z + 32 * i, _mm512_unpacklo_ps(z0, z1));
-    _mm512_storeu_ps(z + 32 * i + 16, _mm512_unpackhi_ps(z0, z1));
+    _mm512_storeu_ps(z + 32 * i, _mm512_unpacklo_ps(z0[i], z1[i]));
+    _mm512_storeu_ps(z + 32 * i + 16, _mm512_unpackhi_ps(z0[i], z1[i]));
   }
 }
 

@@ -1,5 +1,5 @@
-// Random words and normals of one tile in AVX-512: philox4x32_10 and box_muller of core/, to the last bit, in the fewest
-// instructions found. What the compiler makes of those takes twice as long.
+// Random words and normals of one tile in AVX-512: philox4x32_10 and box_muller of core/, to the last bit, in the
+// fewest instructions found. What the compiler makes of those takes twice as long.
 #pragma once
 
 // GCC 12 takes the undefined operands in its own header for mistakes.
@@ -22,8 +22,8 @@ struct Words {
 
 AQN_HD __m512i xor3(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
 
-// What all Philox blocks of a logical row share: the round keys and, as three words of the counter are the same, one half
-// of the first two rounds. In memory, from where instructions broadcast at no cost.
+// What all Philox blocks of a logical row share: the round keys and, as three words of the counter are the same, one
+// half of the first two rounds. In memory, from where instructions broadcast at no cost.
 struct PhiloxRow {
   static constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u, kW0 = 0x9E3779B9u, kW1 = 0xBB67AE85u;
   uint32_t key0[10], key1[10];
@@ -83,51 +83,82 @@ AQN_HD void philox_words(Words* out, uint32_t first, const PhiloxRow& k) {
   }
 }
 
-// 16 pairs of normals. The comments of core/normal.h hold; of what it computes the factors that are powers of two are
-// moved to where they cost nothing, and its exponents are read by instructions that give them as floats.
-AQN_HD void box_muller(__m512i radius_word, __m512i angle_word, __m512& z0, __m512& z1) {
-  const auto f32 = [](float x) { return _mm512_set1_ps(x); };
-  const auto i32 = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); };
-  // (word & ~1) | 2 is 2 m. t is u with its exponent counted from sqrt(1/2).
-  const __m512i two_m = _mm512_ternarylogic_epi32(radius_word, i32(~1u), i32(2), 0xea);
-  const __m512i u = _mm512_castps_si512(_mm512_cvtepu32_ps(two_m));
-  const __m512i t = _mm512_sub_epi32(u, i32(0x003504f3u));
-  const __m512 e = _mm512_getexp_ps(_mm512_castsi512_ps(t));
-  const __m512i mantissa = _mm512_and_si512(t, i32(0x007fffffu));
-  const __m512 x = _mm512_castsi512_ps(_mm512_add_epi32(mantissa, i32(0x3f3504f3u))) - f32(1.0f);
-  __m512 q = f32(2 * 0.09272214025259018f);  // all doubled, as r2 = -2 ln(u)
-  q = q * x + f32(2 * -0.1411842554807663f);
-  q = q * x + f32(2 * 0.14676396548748016f);
-  q = q * x + f32(2 * -0.16592855751514435f);
-  q = q * x + f32(2 * 0.19985127449035645f);
-  q = q * x + f32(2 * -0.2500092089176178f);
-  q = q * x + f32(2 * 0.3333340883255005f);
-  const __m512 x2 = x * x;
-  const __m512 log1p = ((x + x) - x2) + (x2 * x) * q;
-  const __m512 r2 = (f32(31.0f) - e) * f32(2 * 0.6931471805599453f) - log1p;
-  const __m512 radius = _mm512_sqrt_ps(r2);  // never below 0
-  const __m512 f = _mm512_cvtepi32_ps(_mm512_slli_epi32(angle_word, 2)) * f32(0x1p-32f);
-  const __m512 g = f * f;
-  __m512 s = f32(-0.004602163098752499f);
-  s = s * g + f32(0.07968021929264069f);
-  s = s * g + f32(-0.6459634900093079f);
-  s = s * g + f32(1.5707963705062866f);
+// N registers of fp32, so that N independent chains of operations take turns in the pipeline.
+template <int N>
+struct Floats {
+  __m512 v[N];
+
+  template <class F>
+  static AQN_HD Floats from(const F& f) {
+    Floats r;
+    for (int i = 0; i < N; ++i) r.v[i] = f(i);
+    return r;
+  }
+  friend AQN_HD Floats operator+(const Floats& a, const Floats& b) {
+    return from([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  friend AQN_HD Floats operator-(const Floats& a, const Floats& b) {
+    return from([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  friend AQN_HD Floats operator*(const Floats& a, const Floats& b) {
+    return from([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  friend AQN_HD Floats operator+(const Floats& a, float b) {
+    return from([&](int i) { return a.v[i] + _mm512_set1_ps(b); });
+  }
+  friend AQN_HD Floats operator*(const Floats& a, float b) {
+    return from([&](int i) { return a.v[i] * _mm512_set1_ps(b); });
+  }
+};
+
+// Normals z0[i] and z1[i], 16 pairs each, from the words w[i]. The comments of core/normal.h hold; of what it computes,
+// the factors that are powers of two are moved to where they cost nothing, and exponents are read by the instruction
+// that gives them as floats.
+template <int N>
+AQN_HD void box_muller(const Words* w, __m512* z0, __m512* z1) {
+  using F = Floats<N>;
+  const auto all = [](uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); };
+  // u of (word & ~1) | 2, which is 2 m, with its exponent counted from sqrt(1/2)
+  const F u = F::from([&](int i) {
+    const __m512i two_m = _mm512_ternarylogic_epi32(w[i].radius, all(~1u), all(2), 0xea);  // (a & b) | c
+    const __m512i bits = _mm512_castps_si512(_mm512_cvtepu32_ps(two_m));
+    return _mm512_castsi512_ps(_mm512_sub_epi32(bits, all(0x003504f3u)));
+  });
+  const F exponent = F::from([&](int i) { return _mm512_set1_ps(31.0f) - _mm512_getexp_ps(u.v[i]); });
+  const F x = F::from([&](int i) {
+    const __m512i mantissa = _mm512_and_si512(_mm512_castps_si512(u.v[i]), all(0x007fffffu));
+    return _mm512_castsi512_ps(_mm512_add_epi32(mantissa, all(0x3f3504f3u))) - _mm512_set1_ps(1.0f);
+  });
+  F q = x * (2 * 0.09272214025259018f) + 2 * -0.1411842554807663f;  // all doubled, as r2 = 2 * -ln(u)
+  q = q * x + 2 * 0.14676396548748016f;
+  q = q * x + 2 * -0.16592855751514435f;
+  q = q * x + 2 * 0.19985127449035645f;
+  q = q * x + 2 * -0.2500092089176178f;
+  q = q * x + 2 * 0.3333340883255005f;
+  const F x2 = x * x;
+  const F log1p = ((x + x) - x2) + (x2 * x) * q;
+  const F r2 = exponent * (2 * 0.6931471805599453f) - log1p;
+  const F radius = F::from([&](int i) { return _mm512_sqrt_ps(r2.v[i]); });  // r2 is never below 0
+  const F f = F::from([&](int i) { return _mm512_cvtepi32_ps(_mm512_slli_epi32(w[i].angle, 2)); }) * 0x1p-32f;
+  const F g = f * f;
+  F s = g * -0.004602163098752499f + 0.07968021929264069f;
+  F c = g * 0.0009092451655305922f + -0.020862624049186707f;
+  s = s * g + -0.6459634900093079f;
+  c = c * g + 0.2536695599555969f;
+  s = s * g + 1.5707963705062866f;
+  c = c * g + -1.2337005138397217f;
   s = s * f;
-  __m512 c = f32(0.0009092451655305922f);
-  c = c * g + f32(-0.020862624049186707f);
-  c = c * g + f32(0.2536695599555969f);
-  c = c * g + f32(-1.2337005138397217f);
-  c = c * g + f32(1.0f);
-  // The sign of the cosine is the upper bit of quadrant + 1, that of the sine the upper bit of the quadrant.
-  const __mmask16 odd = _mm512_test_epi32_mask(angle_word, i32(0x40000000u));
-  const __m512i a = _mm512_castps_si512(_mm512_mask_blend_ps(odd, c, s));
-  const __m512i b = _mm512_castps_si512(_mm512_mask_blend_ps(odd, s, c));
-  const __m512i next = _mm512_add_epi32(angle_word, i32(0x40000000u));
-  const auto flip = [&](__m512i value, __m512i sign) {
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(value, sign, i32(kSignBit), 0x78));
-  };
-  z0 = radius * flip(a, next);
-  z1 = radius * flip(b, angle_word);
+  c = c * g + 1.0f;
+  for (int i = 0; i < N; ++i) {
+    // The sign of the cosine is the upper bit of quadrant + 1, that of the sine the upper bit of the quadrant.
+    const __mmask16 odd = _mm512_test_epi32_mask(w[i].angle, all(0x40000000u));
+    const __m512i next = _mm512_add_epi32(w[i].angle, all(0x40000000u));
+    const auto signed_as = [&](__m512 value, __m512i sign) {  // a ^ (b & c)
+      return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(value), sign, all(kSignBit), 0x78));
+    };
+    z0[i] = radius.v[i] * signed_as(_mm512_mask_blend_ps(odd, c.v[i], s.v[i]), next);
+    z1[i] = radius.v[i] * signed_as(_mm512_mask_blend_ps(odd, s.v[i], c.v[i]), w[i].angle);
+  }
 }
 
 }  // namespace
