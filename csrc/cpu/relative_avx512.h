@@ -60,11 +60,12 @@ AQN_HD void measure16(__m512 y, __m512 after, __m512i held, Measured& m) {
   const __m512i was = sizeof(In) == 2 || sizeof(Out) == 4 ? _mm512_castps_si512(y) : keep<Out>(rounded16<Out>(y));
   const __m512i is = keep<Out>(held);
   const __mmask16 some = _mm512_test_epi32_mask(_mm512_castps_si512(y), _mm512_set1_epi32(kAbsMask));
-  const __m512 share = _mm512_maskz_div_ps(some, after - y, y);
+  const __m512 near = _mm512_maskz_rcp14_ps(some, y), one = _mm512_set1_ps(1.0f);
+  const __m512 share = (after - y) * _mm512_fmadd_ps(near, _mm512_fnmadd_ps(y, near, one), near);
   const __m512 error = _mm512_castsi512_ps(is) - _mm512_castsi512_ps(was);
-  m.error2 = m.error2 + error * error;
-  m.reference2 = m.reference2 + y * y;
-  m.injected2 = m.injected2 + share * share;
+  m.error2 = _mm512_fmadd_ps(error, error, m.error2);
+  m.reference2 = _mm512_fmadd_ps(y, y, m.reference2);
+  m.injected2 = _mm512_fmadd_ps(share, share, m.injected2);
   m.changed += __builtin_popcount(_mm512_cmpneq_epi32_mask(is, was));
   m.injected_n += __builtin_popcount(some);
 }
