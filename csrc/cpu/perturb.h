@@ -1,49 +1,14 @@
 // Random words, normals and errors of logical coordinates.
 #pragma once
 
-#include "../core/normal.h"
-#include "../core/philox.h"
-#include "common.h"
+#include "../core/error.h"
+#include "draws.h"
+#if defined(__AVX512F__)
+#include "relative_avx512.h"
+#endif
 
 namespace aqn::cpu::AQN_ISA {
 namespace {
-
-constexpr int kCounters = 32;         // Philox blocks at a time
-constexpr int kTile = 4 * kCounters;  // and the columns that they serve
-
-// The random words of columns [column, column + kTile) of one logical row; column is a multiple of 4. Word i of a
-// column's Philox block stands in c<i>, for the columns 4 j + i.
-AQN_HD void philox_tile(uint32_t* c0, uint32_t* c1, uint32_t* c2, uint32_t* c3, int64_t column, uint64_t row,
-                        uint64_t key, uint32_t word) {
-  const uint32_t first = static_cast<uint32_t>(column / 4);
-#pragma omp simd
-  for (int j = 0; j < kCounters; ++j) {
-    c0[j] = first + static_cast<uint32_t>(j);
-    c1[j] = static_cast<uint32_t>(row);
-    c2[j] = static_cast<uint32_t>(row >> 32);
-    c3[j] = word;
-    philox4x32_10(c0[j], c1[j], c2[j], c3[j], static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
-  }
-}
-
-// Four streams of kCounters values as one of kTile columns: value j of stream i goes to column 4 j + i.
-template <class T>
-AQN_HD void interleave(T* out, const T* s0, const T* s1, const T* s2, const T* s3) {
-#pragma omp simd
-  for (int j = 0; j < kCounters; ++j) {
-    out[4 * j] = s0[j];
-    out[4 * j + 1] = s1[j];
-    out[4 * j + 2] = s2[j];
-    out[4 * j + 3] = s3[j];
-  }
-}
-
-// The random words of the same columns, in their order.
-AQN_HD void word_tile(uint32_t* words, int64_t column, uint64_t row, uint64_t key, uint32_t word) {
-  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  philox_tile(c0, c1, c2, c3, column, row, key, word);
-  interleave(words, c0, c1, c2, c3);
-}
 
 // The random words that logical row 0 has in columns modulo `lanes`.
 AQN_HD void lane_tile(uint32_t* words, int64_t column, int lanes, uint64_t key, uint32_t word) {
@@ -60,18 +25,6 @@ AQN_HD void lane_tile(uint32_t* words, int64_t column, int lanes, uint64_t key, 
     const uint32_t i = lane[j] % 4;
     words[j] = i == 0 ? c0 : (i == 1 ? c1 : (i == 2 ? c2 : c3));
   }
-}
-
-// The standard normals of the same columns.
-AQN_HD void normal_tile(float* z, int64_t column, uint64_t row, uint64_t key, uint32_t word) {
-  uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
-  philox_tile(c0, c1, c2, c3, column, row, key, word);
-  float z0[kCounters], z1[kCounters], z2[kCounters], z3[kCounters];
-#pragma omp simd
-  for (int j = 0; j < kCounters; ++j) box_muller(c0[j], c1[j], z0[j], z1[j]);
-#pragma omp simd
-  for (int j = 0; j < kCounters; ++j) box_muller(c2[j], c3[j], z2[j], z3[j]);
-  interleave(z, z0, z1, z2, z3);
 }
 
 // Part of a logical row: columns [column + low, column + high) of it, of which the first is the value at `offset` of a
@@ -240,7 +193,16 @@ void perturb_line(const PerturbArgs& a, int64_t row, int64_t column, int64_t n, 
   float x[kTile] = {}, magnitude[kTile] = {}, before[kTile], constant[kTile];
   std::fill_n(constant, kTile, absolute ? 1.0f : 0.0f);
   const float* unit = relative ? (one->by_magnitude ? magnitude : before) : constant;
+#if defined(__AVX512F__)
+  const bool of_output = relative && !one->by_magnitude;
+  const PhiloxRow shared(logical_row(a.row_ids, row), of_output ? one->key : 0, of_output ? one->word : 0);
+#endif
   for_tiles(logical_row(a.row_ids, row), first_column(a.row_ids, row) + column, n, [&](const Tile& t) {
+#if defined(__AVX512F__)
+    if (of_output && t.high - t.low == kTile &&
+        relative_tile<In, Out, Measure>(one->a, shared, t.column, y + t.offset, out + t.offset, sums))
+      return;
+#endif
     load_tile(x, y, t);
     if (magnitudes) load_tile(magnitude, magnitudes, t);
     if (Measure) std::copy_n(x, kTile, before);
