@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 #include <vector>
 
 #include "core/philox.h"
@@ -26,14 +27,18 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-StatsArray cast(uintptr_t x, uintptr_t y, uintptr_t scales, uintptr_t words, int dtype, std::array<int64_t, 3> shape,
-                bool row_major, const Element& element, const Scaling& scaling, float tensor_amax, bool unscaled,
-                bool measure, int threads) {
+// The arguments of a stochastic rounding: row_ids and pairs, columns, key, word.
+using DrawsTuple = std::tuple<uintptr_t, bool, int64_t, uint64_t, uint32_t>;
+
+StatsArray cast(uintptr_t x, uintptr_t y, uintptr_t scales, const DrawsTuple& draws, int dtype,
+                std::array<int64_t, 3> shape, bool row_major, const Element& element, const Scaling& scaling,
+                float tensor_amax, bool unscaled, bool measure, int threads) {
   cpu::CastArgs a;
   a.x = at<const void>(x);
   a.y = at<void>(y);
   a.scales = at<void>(scales);
-  a.words = at<const uint32_t>(words);
+  const auto& [row_ids, pairs, columns, key, word] = draws;
+  a.draws = {{at<const int64_t>(row_ids), pairs}, columns, key, word};
   a.dtype = static_cast<cpu::Dtype>(dtype);
   a.batch = shape[0];
   a.high = shape[1];

@@ -175,18 +175,24 @@ def _row_ids(rows: Tensor | None) -> tuple[int, bool]:
     return (0, False) if rows is None else (rows.data_ptr(), rows.dim() == 2)
 
 
-def _random_words(x: Tensor, fmt: str, key: int, step: Tensor | None, rows: Tensor | None) -> Tensor | None:
+class _Draws(NamedTuple):
+    """Where the random words of a stochastic rounding come from: rows and columns as ``_core`` counts them."""
+
+    rows: Tensor | None
+    columns: int
+    key: int
+    word: int
+
+
+def _random_words(x: Tensor, fmt: str, key: int, step: Tensor | None, rows: Tensor | None) -> _Draws | None:
     at = check_step(get(fmt), step)
     if at is None:
         return None
-    rows = check_rows("cast", x, rows)
-    words = torch.empty(x.shape, dtype=torch.int32)
-    _core.random_words(words.data_ptr(), *_row_ids(rows), *shape_in_rows(x), *coordinates(key, at), _threads(x))
-    return words
+    return _Draws(check_rows("cast", x, rows), shape_in_rows(x)[1], *coordinates(key, at))
 
 
 def _run_cast(
-    x: Tensor, out: Tensor, scales: Tensor | None, fmt: str, axis: int, words: Tensor | None, measure: bool
+    x: Tensor, out: Tensor, scales: Tensor | None, fmt: str, axis: int, draws: _Draws | None, measure: bool
 ) -> tuple[list[float], float]:
     plan, (shape, row_major) = _plan(fmt), _view(get(fmt), tuple(x.shape), axis)
     code, threads = _DTYPES[check_dtype(x)], _threads(x)
@@ -195,7 +201,7 @@ def _run_cast(
         x.data_ptr(),
         out.data_ptr(),
         0 if scales is None else scales.data_ptr(),
-        0 if words is None else words.data_ptr(),
+        (*_row_ids(draws.rows), *draws[1:]) if draws else (0, False, 0, 0, 0),
         code,
         shape,
         row_major,

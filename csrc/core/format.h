@@ -188,4 +188,93 @@ AQN_HD float rounded(const Grid& f, float x, uint32_t word) {
   return magnitude > kInfBits ? f.nan : r;
 }
 
+// ---- rounding by addition ------------------------------------------------------------------------------------------
+
+// Between M = 2^(q + 23) and 2 M fp32 numbers lie 2^q apart. So (x + M) - M is x rounded to a multiple of 2^q, ties to
+// even, for any 0 <= x < M. What is a step 2^q of an element format depends on the exponent of x alone: this rounds its
+// normal numbers, its subnormal ones and integers alike, in a third of the operations of `rounded`.
+//
+// Where all numbers of a format are multiplied by 2^E, so are its steps: `shift`, E in the place of fp32's exponent,
+// rounds x to the scaled format without scaling x.
+struct Spacing {
+  uint32_t low;         // 2^min_exponent: numbers below are spaced as this one is
+  uint32_t top;         // larger numbers are beyond the range, and are spaced as this one is: M must not overflow
+  uint32_t lift;        // from 2^exponent to M
+  uint32_t max, max_negative;
+  uint32_t beyond;      // what lies beyond the range becomes; 0 for the limit itself
+  uint32_t random_mask;
+
+  AQN_HD explicit Spacing(const Element& f)
+      : low(bits_of(exp2_of(f.min_exponent))),
+        lift(static_cast<uint32_t>(23 - f.mantissa_bits) << 23),
+        max(bits_of(f.max)),
+        max_negative(bits_of(f.max_negative)),
+        beyond(f.overflow == Overflow::kSaturate ? 0u : f.overflow == Overflow::kInf ? kInfBits : kNanBits),
+        random_mask(~0u << ((32 - f.random_bits) & 31)) {
+    top = f.tapered ? (127u + 31u) << 23 : (253u << 23) - lift;
+  }
+
+  // The shifts for which no constant leaves fp32's normal range.
+  AQN_HD bool allows(int exponent) const {
+    const int lowest = static_cast<int>(low >> 23) + exponent, highest = static_cast<int>(max >> 23) + exponent;
+    return (lowest >= 1) & (highest < static_cast<int>(top >> 23));
+  }
+};
+
+// The kinds of elements that are rounded by addition: their rounding, whether a step depends on the exponent as that of
+// HiFloat8 does, and whether negative numbers, zero included, mirror the positive ones.
+template <Rounding kRounding, bool kTapered, bool kMirrored>
+struct Kind {
+  static constexpr Rounding rounding = kRounding;
+  static constexpr bool tapered = kTapered, mirrored = kMirrored;
+};
+
+AQN_HD bool rounds_by_addition(const Element& f) {
+  const bool even = f.rounding == Rounding::kNearestEven && f.mantissa_bits > 0 && !f.tapered;
+  const bool other = f.rounding == Rounding::kNearestAway || f.rounding == Rounding::kStochastic;
+  return (even || other) && f.is_signed && f.has_zero && !f.flush && is_nan(f.nan) && Spacing(f).allows(0) &&
+         !(f.tapered && f.has_negative_zero);
+}
+AQN_HD bool is_mirrored(const Element& f) { return f.has_negative_zero && f.max == f.max_negative; }
+
+// What added to the bits of 2^e gives those of M. HiFloat8 has 3 fraction bits up to |e| = 3 and one less where |e|
+// reaches 4, 8 and 16: so does the exponent of |e| itself.
+template <class K>
+AQN_HD uint32_t lift_of(const Spacing& k, uint32_t exponent) {
+  if constexpr (!K::tapered) return k.lift;
+  const uint32_t e = bits_of(static_cast<float>(static_cast<int32_t>(exponent - (127u << 23)))) & kInfBits;
+  const uint32_t least = (127u + 23u + 1u) << 23;  // of |e| = 2
+  return (e < least ? least : e) - ((127u + 23u + 1u - 20u) << 23);
+}
+
+// A magnitude rounded to a multiple of the step that belongs to M = `magic`.
+template <class K>
+AQN_HD float stepped(const Spacing& k, float x, float magic, uint32_t word) {
+  const float even = (x + magic) - magic, step = magic * 0x1p-23f;
+  if constexpr (K::rounding == Rounding::kNearestEven) return even;
+  if constexpr (K::rounding == Rounding::kNearestAway) {  // x - even is exact
+    const float rest = x - even;
+    return rest + rest == step ? even + step : even;
+  }
+  // Stochastic: up where the share of the step that is dropped, as a number of 32 bits, plus the word carries.
+  const float floor = even > x ? even - step : even;
+  const float share = ((x - floor) * float_of((254u << 23) - bits_of(magic))) * 0x1p55f;
+  const uint32_t bits = static_cast<uint32_t>(share < 0x1p32f ? share : 0.0f) & k.random_mask;
+  return bits + (word & k.random_mask) < bits ? floor + step : floor;
+}
+
+// x as a number of the format times 2^E; equals rounded() of the same element.
+template <class K>
+AQN_HD float spaced(const Spacing& k, float x, uint32_t shift, uint32_t word) {
+  const uint32_t magnitude = bits_of(x) & kAbsMask, sign = bits_of(x) & kSignBit, low = k.low + shift;
+  uint32_t exponent = magnitude & kInfBits;
+  exponent = exponent < low ? low : exponent;
+  exponent = exponent > k.top ? k.top : exponent;
+  const float magic = float_of(exponent + lift_of<K>(k, exponent));
+  const float r = stepped<K>(k, float_of(magnitude), magic, word);
+  const uint32_t limit = (K::mirrored || !sign ? k.max : k.max_negative) + shift;
+  const uint32_t kept = r > float_of(limit) ? (k.beyond ? k.beyond : limit) : bits_of(r);
+  return float_of(kept | (K::mirrored || kept != 0 ? sign : 0u));
+}
+
 }  // namespace aqn

@@ -1,4 +1,5 @@
-// Casts to any block format: one block at a time is gathered, scaled, rounded and scattered.
+// Casts to block formats whose scale depends on all values of a block: one at a time is gathered, scaled, rounded and
+// scattered.
 #pragma once
 
 #include "cast_shared.h"
@@ -13,7 +14,7 @@ class Block {
       : k_(a), columns_(a.scaling.columns ? a.scaling.columns : std::max<int64_t>(a.wide, 1)) {
     size_ = static_cast<int>(a.scaling.rows * columns_);
     for (std::vector<float>* v : {&x, &y, &scaled_, &trial_}) v->resize(size_);
-    words.resize(a.words ? size_ : 0);
+    words.resize(a.draws.columns ? size_ : 0);
   }
 
   std::vector<float> x, y;
@@ -172,8 +173,10 @@ Stats cast_blocks(const CastArgs& a) {
         } else {
           for (int j = 0; j < width; ++j) x[j] = load(line[j * step_column]);
         }
-        if (a.words)
-          for (int j = 0; j < width; ++j) block.words[r * columns + j] = a.words[at + r * step_row + j * step_column];
+        if (a.draws.columns)
+          for (int j = 0; j < width; j += a.row_major ? width : 1)
+            words_of(block.words.data() + r * columns + j, a.draws, at + r * step_row + j * step_column,
+                     a.row_major ? width : 1);
       }
       const uint32_t scale = block.cast(t);
       if (a.scales) static_cast<uint32_t*>(a.scales)[i] = scale;

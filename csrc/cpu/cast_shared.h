@@ -1,11 +1,15 @@
-// What all cast loops share: largest magnitudes, constants of a format, rounding of arrays, and measuring.
+// What all cast loops share: constants of a format, rounding of arrays, random words, and measuring.
 #pragma once
 
 #include "../core/hif4.h"
-#include "common.h"
+#include "cast_direct.h"
+#include "perturb.h"
 
 namespace aqn::cpu::AQN_ISA {
 namespace {
+
+constexpr int kRun = 512;   // values at a time: what they need stays in the first cache
+constexpr int kUnit = 32;   // and in the loops of cast_direct.h
 
 // ---- largest magnitude ---------------------------------------------------------------------------------------------
 
@@ -16,9 +20,11 @@ float amax_typed(const T* x, int64_t n, int threads) {
   std::vector<uint32_t> parts(chunks, 0);
   for_chunks(chunks, threads, [&](int64_t c) {
     const int64_t last = std::min(n, (c + 1) * kChunk);
-    uint32_t m = 0;
-    for (int64_t i = c * kChunk; i < last; ++i) m = std::max(m, bits_of(load(x[i])) & kAbsMask);
-    parts[c] = m;
+    const Bits<T>* bits = reinterpret_cast<const Bits<T>*>(x);
+    Bits<T> m = 0;
+#pragma omp simd reduction(max : m)
+    for (int64_t i = c * kChunk; i < last; ++i) m = std::max<Bits<T>>(m, bits[i] & (static_cast<Bits<T>>(~0u) >> 1));
+    parts[c] = static_cast<uint32_t>(m) << (32 - 8 * sizeof(T));
   });
   uint32_t m = 0;
   for (const uint32_t p : parts) m = std::max(m, p);  // NaN has the largest bits: it survives
@@ -49,66 +55,132 @@ AQN_HD uint32_t largest_finite_bits(const float* x, int n) {
 
 // ---- what all loops share ------------------------------------------------------------------------------------------
 
+// body(Kind) of an element that is rounded by addition, to nearest or stochastically.
+template <class Body>
+AQN_HD void with_even(const Element& f, const Body& body) {
+  if (is_mirrored(f)) return body(Kind<Rounding::kNearestEven, false, true>());
+  return body(Kind<Rounding::kNearestEven, false, false>());
+}
+template <class Body>
+AQN_HD void with_nearest(const Element& f, const Body& body) {
+  using R = Rounding;
+  const bool mirrored = is_mirrored(f);
+  if (f.rounding == R::kNearestEven) return with_even(f, body);
+  if (f.tapered) return body(Kind<R::kNearestAway, true, false>());
+  return mirrored ? body(Kind<R::kNearestAway, false, true>()) : body(Kind<R::kNearestAway, false, false>());
+}
+template <class Body>
+AQN_HD void with_kind(const Element& f, const Body& body) {
+  using R = Rounding;
+  if (f.rounding != R::kStochastic) return with_nearest(f, body);
+  if (f.tapered) return body(Kind<R::kStochastic, true, false>());
+  return is_mirrored(f) ? body(Kind<R::kStochastic, false, true>()) : body(Kind<R::kStochastic, false, false>());
+}
+
+// How the values of a format are brought to it: rounded where they are, scaled by one loop, or by arrays.
+enum class Way { kDirect, kScaled, kAny };
+
+// The shifts of the scales of n blocks; false where one of them leaves fp32's normal range. Zeros round to zeros with
+// any scale.
+template <class T>
+bool shifts_of(Bits<T>* shift, const float* scales, const uint32_t* amax, int n, const Spacing k) {
+  uint32_t outside = 0;
+#pragma omp simd reduction(| : outside)
+  for (int i = 0; i < n; ++i) {
+    const uint32_t s = amax[i] == 0 ? bits_of(1.0f) : bits_of(scales[i]);
+    const int exponent = static_cast<int>(s >> 23) - 127;
+    outside |= truth(exponent < -126) | truth(exponent > 127) | (k.allows(exponent) ? 0u : 1u);
+    shift[i] = shift_of<T>(float_of(s));
+  }
+  return outside == 0;
+}
+
 struct CastConstants {
   Element element;
-  Rounder round, e4m3;
+  Spacing spacing;
+  bool by_addition;
+  Rounder e4m3;
   Scaling scaling;
   TensorScale tensor;
   float tensor_amax;
-  bool unscaled;
+  bool unscaled, past_caches;
+  Draws draws;
 
   explicit CastConstants(const CastArgs& a)
       : element(a.element),
-        round(a.element),
+        spacing(a.element),
+        by_addition(rounds_by_addition(a.element)),
         e4m3(e4m3_rounder()),
         scaling(a.scaling),
         tensor(a.scaling, a.tensor_amax),
         tensor_amax(a.tensor_amax),
-        unscaled(a.unscaled) {}
+        unscaled(a.unscaled),
+        past_caches(a.batch * a.high * a.wide * (a.dtype == Dtype::kFloat32 ? 4 : 2) >= kStreamFrom),
+        draws(a.draws) {}
+
+  // See cast_direct.h. In bfloat16 the limits must be its numbers, scaled or not.
+  Way way(Dtype dtype) const {
+    if (!by_addition || draws.columns) return Way::kAny;
+    const bool elements = scaling.rule == Scale::kNone;
+    const bool short_limit = element.max == element.max_negative && (elements || to_bf16(element.max) == element.max);
+    if ((dtype == Dtype::kFloat32 || short_limit) &&
+        (elements || (scaling.rule == Scale::kPowerOfTwo && !unscaled && !element.tapered)))
+      return Way::kDirect;
+    return element.rounding == Rounding::kNearestEven ? Way::kScaled : Way::kAny;
+  }
+
+  // The same for blocks with these scales, of which it makes the shifts.
+  template <class T>
+  Way way_of(Dtype dtype, Bits<T>* shift, const float* scales, const uint32_t* amax, int n) const {
+    const Way w = way(dtype);
+    if (w != Way::kDirect || shifts_of<T>(shift, scales, amax, n, spacing)) return w;
+    return element.rounding == Rounding::kNearestEven ? Way::kScaled : Way::kAny;
+  }
 
   AQN_HD BlockScale block_scale(uint32_t amax_bits) const {
     if (scaling.rule == Scale::kPowerOfTwo) return e8m0_scale(scaling, amax_bits);
     if (scaling.has_tensor_scale()) return nvfp4_scale(scaling, tensor, e4m3, float_of(amax_bits));
     return fp32_scale(scaling, float_of(amax_bits));
   }
-  AQN_HD void block_scales(float* to_element, float* s, const uint32_t* amax, int n) const {
+
+  // The scales of n blocks in lanes: what brings values to the elements, what brings them back, and what is stored.
+  void block_scales(float* to_element, float* decoded, float* stored, const uint32_t* amax, int n) const {
     const Rounder e4m3_round = e4m3;
     const TensorScale t = tensor;
     const Scaling k = scaling;
+    const auto in_all = [&](const auto& scale_of) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const BlockScale b = scale_of(amax[i]);
+        to_element[i] = b.to_element;
+        decoded[i] = b.decode;
+        stored[i] = b.s;
+      }
+    };
     if (k.rule == Scale::kPowerOfTwo) {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) {
-        const BlockScale b = e8m0_scale(k, amax[i]);
-        to_element[i] = b.to_element;
-        s[i] = b.s;
-      }
+      in_all([=](uint32_t m) { return e8m0_scale(k, m); });
+    } else if (k.rule == Scale::kTwoLevel) {
+      in_all([=](uint32_t m) {
+        return two_level_scale(t, e4m3_round, float_of(m) * (t.encode * (1.0f / 6.0f)));
+      });
+    } else if (k.has_tensor_scale()) {
+      in_all([=](uint32_t m) { return nvfp4_scale(k, t, e4m3_round, float_of(m)); });
     } else {
-#pragma omp simd
-      for (int i = 0; i < n; ++i) {
-        const BlockScale b = two_level_scale(t, e4m3_round, float_of(amax[i]) * (t.encode * (1.0f / 6.0f)));
-        to_element[i] = b.to_element;
-        s[i] = b.s;
-      }
+      in_all([=](uint32_t m) { return fp32_scale(k, float_of(m)); });
     }
+    if (unscaled) std::fill_n(decoded, n, 1.0f);
   }
   // The factors after rounding; 1 where the elements themselves are wanted.
   AQN_HD float decode() const { return unscaled ? 1.0f : tensor.decode; }
   AQN_HD float decode(const BlockScale& b) const { return unscaled ? 1.0f : b.decode; }
 };
 
-// y = (round(x * to_element) * s) * t. The second factor t is 1 except for two-level scales: multiplying by it is exact
-// then. Everything is passed by value: the compiler vectorises only what it knows not to change under the loop.
-AQN_HD void cast_all(float* y, const float* x, int n, const Rounder round, const float to_element, const float s,
-                     const float t) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) y[i] = (round(x[i] * to_element) * s) * t;
-}
-
 AQN_HD void multiply_all(float* y, const float* x, int n, const float factor) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) y[i] = x[i] * factor;
 }
 
+// Everything is passed by value: the compiler vectorises only what it knows not to change under the loop.
 template <Rounding R>
 void round_loop(float* y, const float* x, const uint32_t* words, int n, const Grid f) {
   if (words) {
@@ -120,8 +192,27 @@ void round_loop(float* y, const float* x, const uint32_t* words, int n, const Gr
   }
 }
 
+template <class K>
+void space_loop(float* y, const float* x, const uint32_t* words, int n, const Spacing k) {
+  if constexpr (K::rounding == Rounding::kStochastic) {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) y[i] = spaced<K>(k, x[i], 0u, words[i]);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i) y[i] = spaced<K>(k, x[i], 0u, 0u);
+  }
+}
+
 // Any element format, any rounding.
 void round_all(float* y, const float* x, const uint32_t* words, int n, const Element& f) {
+  if (rounds_by_addition(f))
+    return with_kind(f, [&](auto kind) { space_loop<decltype(kind)>(y, x, words, n, Spacing(f)); });
+  if (f.is_plain()) {
+    const Rounder round(f);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) y[i] = round(x[i]);
+    return;
+  }
   const Grid g(f);
   switch (f.rounding) {
     case Rounding::kNearestEven:
@@ -157,6 +248,88 @@ AQN_HD void measure_cast(const float* x, const float* y, const float* scaled, in
     sums.nonfinite[lane] += is_finite(after) ? 0 : 1;
   });
 }
+
+// The random words of n values from `offset` on.
+void words_of(uint32_t* words, const Draws& d, int64_t offset, int n) {
+  for (int done = 0; done < n;) {
+    const int64_t r = (offset + done) / d.columns, c = (offset + done) % d.columns;
+    const int64_t id = d.row_ids.pairs ? d.row_ids.at[2 * r] : (d.row_ids.at ? d.row_ids.at[r] : r);
+    const int64_t column = c + (d.row_ids.pairs ? d.row_ids.at[2 * r + 1] : 0), skip = column % 4;
+    const int count = static_cast<int>(std::min<int64_t>({n - done, d.columns - c, kTile - skip}));
+    uint32_t tile[kTile];
+    word_tile(tile, column - skip, static_cast<uint64_t>(id), d.key, d.word);
+    std::copy_n(tile + skip, count, words + done);
+    done += count;
+  }
+}
+
+// ---- a run of values -----------------------------------------------------------------------------------------------
+
+// The scales of neighbours, each its block's.
+template <class T, int N>
+struct Lanes {
+  alignas(64) float to_element[N], decode[N];
+  alignas(64) Bits<T> shift[N];  // where values are rounded directly
+};
+
+// Up to kRun neighbours: what becomes of them, and what that measures.
+template <class T, bool kMeasure>
+class Run {
+ public:
+  explicit Run(const CastConstants& k) : k_(k), t_(k.decode()), divides_(k.scaling.divides()) {}
+
+  alignas(64) T out[kRun];
+
+  // out = (round(x * to_element) * decode) * t; `offset` is where the values lie in the tensor.
+  void scale(const T* from, int n, int64_t offset, const float* to_element, const float* decode) {
+    load_all(x_, from, n);
+    bring(n, to_element);
+    if (k_.draws.columns) words_of(words_, k_.draws, offset, n);
+    round_all(y_, scaled_, words_, n, k_.element);
+    const float t = t_;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) y_[i] = (y_[i] * decode[i]) * t;
+    store_all(out, y_, n);
+  }
+
+  // The same by body(to, from, i) for kUnit values from i on.
+  template <class Body>
+  void in_units(const T* from, int n, const Body& body) {
+    int i = 0;
+    for (; i + kUnit <= n; i += kUnit) body(out + i, from + i, i);
+    if (i == n) return;
+    T padded[kUnit] = {};
+    std::copy(from + i, from + n, padded);
+    body(out + i, padded, i);
+  }
+
+  void finish(T* to, const T* from, int n, const float* to_element, Sums& sums) {
+    if (kMeasure) {
+      load_all(x_, from, n);
+      load_all(y_, out, n);
+      bring(n, to_element);
+      measure_cast(x_, y_, scaled_, n, k_.element, sums);
+    }
+    copy_out(to, out, n * sizeof(T), k_.past_caches);
+  }
+
+ private:
+  void bring(int n, const float* to_element) {
+    if (divides_) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) scaled_[i] = x_[i] / to_element[i];
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) scaled_[i] = x_[i] * to_element[i];
+    }
+  }
+
+  const CastConstants& k_;
+  float t_;
+  bool divides_;
+  alignas(64) float x_[kRun], y_[kRun], scaled_[kRun];
+  alignas(64) uint32_t words_[kRun];
+};
 
 }  // namespace
 }  // namespace aqn::cpu::AQN_ISA

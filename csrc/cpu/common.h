@@ -4,7 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <vector>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -74,6 +80,36 @@ template <class T>
 AQN_HD void store_all(T* to, const float* from, int n) {
 #pragma omp simd
   for (int i = 0; i < n; ++i) store(to + i, from[i]);
+}
+
+// Results that the caches cannot hold go past them: a cache line that is written whole need not be read first. `to` and
+// `from` do not overlap; whoever streams calls end_stream() when done.
+constexpr int64_t kStreamFrom = 16 << 20;  // bytes
+
+AQN_HD void copy_out(void* to, const void* from, size_t bytes, bool past_caches) {
+#if defined(__SSE2__)
+  if (past_caches && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    char* out = static_cast<char*>(to);
+    const char* in = static_cast<const char*>(from);
+    for (; bytes >= 64; bytes -= 64, out += 64, in += 64) {
+#if defined(__AVX512F__)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
+#else
+      for (int i = 0; i < 64; i += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+#endif
+    }
+    to = out;
+    from = in;
+  }
+#endif
+  if (bytes) std::memcpy(to, from, bytes);
+}
+
+AQN_HD void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 template <class Body>

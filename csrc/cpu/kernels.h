@@ -25,12 +25,26 @@ struct Stats {
   double hits = 0;        // perturb: hits by models that have a rate
 };
 
+// The logical rows of a matrix: none for 0, 1, 2, ..., one number a row, or pairs of a row and its first column.
+struct RowIds {
+  const int64_t* at;
+  bool pairs;
+};
+
+// Where the random words of a stochastic rounding come from: of the tensor as a matrix of so many columns, 0 for none.
+struct Draws {
+  RowIds row_ids;
+  int64_t columns;
+  uint64_t key;
+  uint32_t word;
+};
+
 // A contiguous tensor seen as [batch, high, wide] matrices; blocks lie along `wide`.
 struct CastArgs {
   const void* x;
   void* y;
   void* scales;           // optional: one fp32 value (for HiF4, 32 bits of levels) a block, as the blocks lie in memory
-  const uint32_t* words;  // optional: one random word an element, laid out as x
+  Draws draws;
   Dtype dtype;
   int64_t batch, high, wide;
   bool row_major;  // whether neighbours along `wide` are neighbours in memory; else those along `high` are
@@ -39,12 +53,6 @@ struct CastArgs {
   float tensor_amax;  // for a scale of the tensor
   bool unscaled;      // store the elements q instead of the values
   int threads;
-};
-
-// The logical rows of a matrix: none for 0, 1, 2, ..., one number a row, or pairs of a row and its first column.
-struct RowIds {
-  const int64_t* at;
-  bool pairs;
 };
 
 // A contiguous [rows, columns] tensor and the chain of models that act on it.
