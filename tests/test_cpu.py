@@ -402,7 +402,7 @@ def some_rows(n: int, pairs: bool, seed: int = 9) -> Tensor:
 
 def test_every_model_has_a_kernel_and_a_reference() -> None:
     assert {errors.parse(t).kind for t in CHAINS if " + " not in t} == set(errors.MODELS)
-    assert {k.kind for k in cpu._KINDS} == set(errors.MODELS)
+    assert {k.kind for k in cpu.KINDS} == set(errors.MODELS)
 
 
 @every_chain
@@ -698,7 +698,7 @@ def test_flips_that_perturb_cannot_do_are_refused(backend: Any) -> None:
 
 
 def test_a_model_without_a_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(cpu._KINDS, errors.BitFlip)
+    monkeypatch.delitem(cpu.KINDS, errors.BitFlip)
     with pytest.raises(BackendError, match=r"no kernel for bit-flip\(rate=0.1\); it has: relative-gaussian"):
         run(torch.ones(4), "bit-flip(rate=0.1)")
 

@@ -24,60 +24,22 @@ from aqnsim.backends.checks import (
     shape_in_rows,
 )
 from aqnsim.backends.compose import compositions, missed_product
+from aqnsim.backends.fields import (
+    KINDS,
+    accumulator_fields,
+    blocks_view,
+    element_fields,
+    model_numbers,
+    needs_amax,
+    scaling_fields,
+)
 from aqnsim.backends.half import casts_half, perturbs_half
-from aqnsim.errors import (
-    AbsoluteGaussian,
-    BitFlip,
-    DeadZone,
-    ErrorModel,
-    RelativeGaussian,
-    Saturation,
-    Spike,
-    Stuck,
-    SystematicBias,
-    chain,
-    needs_magnitude,
-)
-from aqnsim.formats import (
-    ROUNDINGS,
-    AnyFormat,
-    BlockFormat,
-    Format,
-    float32,
-    get,
-    random_bits,
-    scale_shape,
-)
+from aqnsim.errors import ErrorModel, chain, needs_magnitude
+from aqnsim.formats import BlockFormat, element_of, get, scale_shape
 from aqnsim.receipts import STATS
 from aqnsim.rng import coordinates
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_OVERFLOWS = {"saturate": 0, "inf": 1, "nan": 2}
-_SCALES = {  # the enum Scale of csrc/core/block.h, by scale format and rule
-    **{("e8m0", rule): 1 for rule in ("floor", "ceil", "rceil", "even", "amct")},
-    ("e8m0", "mse"): 2,
-    ("fp8_e4m3", "te"): 3,
-    ("fp8_e4m3", "torchao"): 4,
-    ("fp8_e4m3", "modelopt"): 5,
-    ("fp8_e4m3", "compressed_tensors"): 6,
-    ("fp8_e4m3", "4over6-mae"): 7,
-    ("fp8_e4m3", "4over6-mse"): 8,
-    ("fp8_e4m3", "qutlass"): 9,
-    ("fp32", "amax"): 10,
-    ("fp32", "te"): 11,
-    ("fp32", "te-pow2"): 12,
-    ("hif4", "hif4"): 13,
-}
-_KINDS: dict[type[ErrorModel], tuple[str, ...]] = {  # in the order of ErrorKind of csrc/core/error.h: a and b
-    RelativeGaussian: ("sigma",),
-    AbsoluteGaussian: ("sigma",),
-    SystematicBias: ("gain", "offset"),
-    DeadZone: ("threshold",),
-    Saturation: ("limit",),
-    Spike: ("size",),
-    Stuck: ("value",),
-    BitFlip: (),
-}
 _PARALLEL_FROM = 1 << 15  # elements: below, waking threads costs more than they save
 
 
@@ -88,56 +50,6 @@ def _threads(t: Tensor) -> int:
 def _stats(values: list[float], measure: bool, models: Sequence[ErrorModel] = ()) -> Tensor:
     """What a kernel measured, in the order of ``receipts.STATS``."""
     return perturb_stats(values, models) if measure else torch.zeros(len(STATS), dtype=torch.float64)
-
-
-def _element(e: Format) -> object:
-    name = "stochastic" if random_bits(e) else e.rounding
-    return _core.Element(
-        mantissa_bits=e.mantissa_bits,
-        min_exponent=-e.taper[-1][0] if e.taper else e.min_exponent,
-        bias=e.code_bias,
-        max=float32(e.max),
-        max_negative=float32(-e.min if e.signed else e.max),
-        min_normal=e.min_normal,
-        nan={"keep": math.nan, "zero": 0.0, "max": float32(e.max)}[e.nan],
-        overflow=_OVERFLOWS[e.overflow],
-        rounding=ROUNDINGS.index(name),
-        random_bits=random_bits(e),
-        is_signed=e.signed,
-        has_zero=e.has_zero,
-        has_negative_zero=e.has_negative_zero,
-        flush=e.subnormals == "flush",
-        tapered=bool(e.taper),
-    )
-
-
-def _carry_from(fmt: BlockFormat) -> int:
-    """The fraction bits of a block's largest magnitude from which its rule takes the next power of two."""
-    e, never = fmt.element, 1 << 23
-    width = e.mantissa_bits - e.is_integer
-    leading = math.ldexp(e.max, -e.max_exponent) - 1
-    return {
-        "ceil": 1,
-        "rceil": int(leading * never) + 1,
-        "even": never - (1 << (22 - width)),
-        "amct": 3 * never // 4 + 1,
-    }.get(fmt.scale, never)
-
-
-def _scaling(fmt: BlockFormat) -> object:
-    rule = _SCALES[fmt.scale_format, fmt.scale]
-    rows, columns = fmt.tile or {"axis": (1, 0), "tensor": (0, 0)}[str(fmt.block)]
-    largest = 6 * fmt.scale_max if fmt.scale_format == "fp8_e4m3" else fmt.amax_to or fmt.element.max
-    return _core.Scaling(
-        rule=rule,
-        rows=rows,
-        columns=columns,
-        emax=fmt.element.max_exponent,
-        carry_from=_carry_from(fmt),
-        zero_exponent=0 if fmt.zero_scale == "one" else -127,
-        finite_only=fmt.special == "element",
-        largest=float32(largest),
-    )
 
 
 class _Plan(NamedTuple):
@@ -151,23 +63,8 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(text: str) -> _Plan:
     fmt = get(text)
-    if not isinstance(fmt, BlockFormat):
-        return _Plan(_element(fmt), _core.Scaling(rule=0), False)
-    return _Plan(_element(fmt.element), _scaling(fmt), fmt.scale_format == "fp8_e4m3" or fmt.block == "tensor")
-
-
-def _view(fmt: AnyFormat, shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int, int], bool]:
-    """A contiguous tensor as [batch, high, wide], blocks along ``wide``; whether neighbours there are so in memory."""
-    if not isinstance(fmt, BlockFormat) or fmt.block == "tensor":
-        return (1, 1, math.prod(shape)), True
-    shape = shape or (1,)
-    axis %= len(shape)
-    before, n, after = shape[:axis], shape[axis], shape[axis + 1 :]
-    if fmt.tile is None or fmt.tile[0] == 1:
-        return (math.prod(before), math.prod(after), n), False
-    if after:
-        return (math.prod(before), after[0], n), False
-    return (math.prod(before[:-1]), before[-1] if before else 1, n), True
+    element, scaling = _core.Element(**element_fields(element_of(fmt))), _core.Scaling(**scaling_fields(fmt))
+    return _Plan(element, scaling, needs_amax(fmt))
 
 
 def _row_ids(rows: Tensor | None) -> tuple[int, bool]:
@@ -194,7 +91,7 @@ def _random_words(x: Tensor, fmt: str, key: int, step: Tensor | None, rows: Tens
 def _run_cast(
     x: Tensor, out: Tensor, scales: Tensor | None, fmt: str, axis: int, draws: _Draws | None, measure: bool
 ) -> tuple[list[float], float]:
-    plan, (shape, row_major) = _plan(fmt), _view(get(fmt), tuple(x.shape), axis)
+    plan, (shape, row_major) = _plan(fmt), blocks_view(get(fmt), tuple(x.shape), axis)
     code, threads = _DTYPES[check_dtype(x)], _threads(x)
     amax = _core.amax(x.data_ptr(), code, x.numel(), threads) if plan.needs_amax else 0.0
     stats = _core.cast(
@@ -244,14 +141,14 @@ def quantize(
 
 def _error_model(model: ErrorModel, place: int, key: int, clock: int, bf16: bool) -> object:
     """A model of a chain as the kernel takes it."""
-    if type(model) not in _KINDS:
-        raise BackendError(f"backend 'cpu' has no kernel for {model}; it has: {', '.join(k.kind for k in _KINDS)}")
-    a, b, *_ = *(getattr(model, name) for name in _KINDS[type(model)]), 0.0, 0.0
+    if type(model) not in KINDS:
+        raise BackendError(f"backend 'cpu' has no kernel for {model}; it has: {', '.join(k.kind for k in KINDS)}")
+    a, b = model_numbers(model)
     draw = getattr(model, "draw", "frozen")
     drawn, word = coordinates(key, clock, draw, place)
     hit_key, _ = coordinates(key, clock, draw, place, part=1)
     return _core.ErrorModel(
-        kind=list(_KINDS).index(type(model)),
+        kind=list(KINDS).index(type(model)),
         key=drawn,
         hit_key=hit_key,
         word=word,
@@ -298,18 +195,7 @@ def perturb(
 
 @lru_cache(maxsize=1024)
 def _accumulator(text: str) -> object:
-    a = accumulator.get(text)
-    return _core.Accumulator(
-        fraction_bits=a.fraction_bits,
-        chunk=a.chunk,
-        order=accumulator.ORDERS.index(a.order),
-        nearest=a.rounding == "nearest-even",
-        result_bits=a.result_bits,
-        nearest_result=a.result_rounding == "nearest-even",
-        flush=a.subnormals == "flush",
-        min_exponent=a.min_exponent,
-        promote=a.promote,
-    )
+    return _core.Accumulator(**accumulator_fields(text))
 
 
 def gemm(a: Tensor, b: Tensor, text: str) -> Tensor:

@@ -5,7 +5,9 @@
 // turns contraction off, so that every compiler and device gives the same bits.
 #pragma once
 
+#if !defined(__CUDACC_RTC__)
 #include <cstdint>
+#endif
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define AQN_HD __host__ __device__ __forceinline__
@@ -14,6 +16,14 @@
 #endif
 
 namespace aqn {
+
+#if defined(__CUDACC_RTC__)  // a compiler without a standard library
+using int32_t = int;
+using int64_t = long long;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#endif
 
 AQN_HD uint32_t bits_of(float x) {
 #if defined(__CUDA_ARCH__)
