@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import compare, plots, records, suites
@@ -56,7 +57,11 @@ def _run(given: argparse.Namespace) -> int:
         stem = given.name or "-".join(names)
         records.save(given.save / f"{stem}.json", rows, about)
         records.write(given.save / f"{stem}.txt", table + "\n")
-        print("wrote", *plots.save(given.save, stem, rows), given.save / f"{stem}.json")
+        if find_spec("matplotlib"):
+            plots.save(given.save, stem, rows)
+        else:
+            print("no pictures: matplotlib is not installed")
+        print(f"wrote {given.save / stem}.*")
     return 0
 
 

@@ -56,12 +56,9 @@ def _scaling(figure: Any, rows: Sequence[Row]) -> Any:
     return figure
 
 
-def save(directory: Path, stem: str, rows: Sequence[Row]) -> list[Path]:
-    """Write the figures as PNG, each whole or not at all; their paths."""
-    paths = []
+def save(directory: Path, stem: str, rows: Sequence[Row]) -> None:
+    """Write the figures as PNG, each whole or not at all."""
     for name, figure in plots(rows).items():
         path, temporary = directory / f"{stem}-{name}.png", directory / f"{stem}-{name}.tmp"
         figure.savefig(temporary, format="png", dpi=120)
         temporary.replace(path)
-        paths.append(path)
-    return paths

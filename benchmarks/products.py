@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -38,6 +40,8 @@ def linear(s: Setting) -> Iterator[Row]:
     """Forward and backward of each layer beside ``F.linear``'s."""
     backends.use(s.backend, torch.device(s.device).type)
     for name, (inputs, outputs) in SHAPES.items():
+        if not fnmatch.fnmatch(f"linear {name}", s.only):
+            continue
         tokens, inputs, outputs = (64, 64, 96) if s.quick else (TOKENS, inputs, outputs)
         x, weight = (_normal(s, n, inputs).requires_grad_() for n in (tokens, outputs))
         forwards = {
@@ -62,11 +66,14 @@ def linear(s: Setting) -> Iterator[Row]:
 
 def accumulators(s: Setting) -> Iterator[Row]:
     """A product by the accumulator of a matrix unit beside the plain one."""
+    if "gemm" not in backends.get(s.backend).ops:
+        print(f"backend {s.backend!r} has no gemm: accumulators are not timed", file=sys.stderr)
+        return
     tokens, inputs, outputs = (16, 64, 32) if s.quick or s.threads else (TOKENS, *SHAPES["q_proj"])
     a, b, gemm = _normal(s, tokens, inputs), _normal(s, inputs, outputs), s.op("gemm")
     calls: dict[str, Call] = {unit: _accumulated(gemm, a, b, unit) for unit in UNITS}
     seconds = alternate({**calls, "plain": lambda: a @ b}, s.repeats, s.clock)
-    for unit in UNITS:
+    for unit in [unit for unit in UNITS if unit in seconds]:
         yield Row(
             suite=s.suite,
             kernel=f"gemm {unit} [{tokens}, {inputs}] @ [{inputs}, {outputs}]",

@@ -26,7 +26,8 @@ def rows(s: Setting) -> Iterator[Row]:
 
     Both do the same work: the same prompts, completions of full length, and the same tokens in the loss.
     """
-    experiment = load(EXPERIMENT, "smoke" if s.quick else "embedded")
+    small = ["algorithm.prompts_per_step=1", "algorithm.micro_batch_size=8"] if s.quick else []
+    experiment = load(EXPERIMENT, "smoke" if s.quick else "embedded", small)
     model, tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
     model.generation_config.eos_token_id = None  # full length: the work must not depend on what is sampled
     plain = copy.deepcopy(model)
@@ -55,7 +56,7 @@ def _step(experiment: Any, base: Any, tokenizer: Any, profile: str, aqn: Any) ->
     uniforms = keyed_uniforms(0, 0, range(len(prompts)), algorithm.max_new_tokens)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
     ids, mask = pad_left(prompts, 0)
-    answer = torch.randint(0, 1000, (len(prompts), algorithm.max_new_tokens))
+    answer = torch.randint(0, model.config.vocab_size, (len(prompts), algorithm.max_new_tokens))
 
     def run() -> None:
         emulation.begin_step(STEPS // 2, STEPS)  # a step with noise on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -11,6 +12,7 @@ import torch
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 
+PATIENCE = 20.0  # seconds
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _RUN_AHEAD = 2_000_000  # cycles that a GPU idles so that the CPU can queue what is timed: about a millisecond
 
@@ -42,14 +44,18 @@ def clock_of(device: str) -> Clock:
 def alternate(candidates: Mapping[str, Call], repeats: int, clock: Clock = wall) -> dict[str, list[float]]:
     """Seconds of each candidate in each of ``repeats`` rounds; a round runs all of them once.
 
-    One round before the first is not counted: it touches the memory, fills the caches and compiles.
+    One round before the first is not counted: it touches the memory, fills the caches and compiles. What takes longer
+    than PATIENCE there is named and not timed: its rounds would leave no time for the others.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for repeat in range(repeats + 1):
-        for name, run in candidates.items():
-            spent = clock(run)
-            if repeat:
-                seconds[name].append(spent)
+    first = {name: wall(run) for name, run in candidates.items()}
+    for name, spent in first.items():
+        if spent > PATIENCE:
+            print(f"not timed: {name} took {spent:.0f} s in its first round", file=sys.stderr)
+    kept = {name: run for name, run in candidates.items() if first[name] <= PATIENCE}
+    seconds: dict[str, list[float]] = {name: [] for name in kept}
+    for _ in range(repeats):
+        for name, run in kept.items():
+            seconds[name].append(clock(run))
     return seconds
 
 

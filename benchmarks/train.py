@@ -51,11 +51,12 @@ def rows(s: Setting) -> Iterator[Row]:
 
 
 def _candidates(mode: str, quick: bool) -> dict[str, Call]:
-    base, _ = load_model("smollm2-135m-instruct", dtype="bfloat16")
+    experiment = load("e12", "smoke" if quick else "embedded")
+    base, _ = load_model(experiment.model.name, dtype="bfloat16")
     models: dict[str, Any] = {name: copy.deepcopy(base) for name in ("plain", "emulated")}
     for name, model in models.items():
         if mode == "lora":
-            models[name] = attach_lora(model, load("e12", "embedded").lora, seed=0).train()
+            models[name] = attach_lora(model, experiment.lora, seed=0).train()
         else:
             model.train().requires_grad_(True)
     aqnsim.emulate(models["emulated"], PROFILE)
@@ -89,6 +90,6 @@ def _with(backend: str, run: Callable[[], object]) -> None:
 
 
 def _step(model: Any, batch: tuple[int, int]) -> None:
-    ids = torch.arange(math.prod(batch)).reshape(batch) % 1000
+    ids = torch.arange(math.prod(batch)).reshape(batch) % model.config.vocab_size
     model(input_ids=ids, labels=ids).loss.backward()
     model.zero_grad(set_to_none=True)
