@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from aqnsim import (
-    _core,
     ops,  # noqa: F401  (defines torch.ops.aqnsim)
     reference,
 )
@@ -99,6 +98,8 @@ def _one_each(rows: I64) -> I64:
 
 def _flips(rows: I64, columns: int, below: int, bit: int | None, width: int, key: int, step: int) -> tuple[I64, I64]:
     """Flat indices of what is hit among ``[len(rows), columns]``, and the bit that flips in each."""
+    from aqnsim import _core  # here: a backend of another device needs no kernels of the CPU
+
     words = torch.empty(len(rows), columns, dtype=torch.int32)
     ids = torch.from_numpy(np.ascontiguousarray(rows))
     hit_key = sub_key(key, "hits") & 0xFFFFFFFFFFFFFFFF

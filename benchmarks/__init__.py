@@ -1,1 +1,1 @@
-"""Timings, each behind a gate that proves the numbers of what is timed first, as ratios to a named peer."""
+"""Timings behind a gate that proves the bits of what is timed, each beside a named peer in the same rounds."""

@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import aqnsim
-from benchmarks.timing import alternate
+from benchmarks.kernels import Setting
+from benchmarks.records import Row
+from benchmarks.timing import Call, alternate
 from training.adapters import attach_lora
 from training.config import build_aqn, load
 from training.generation import generate, keyed_uniforms, pad_left
 from training.models import load_model
 from training.tasks import task_of
 
-EXPERIMENT, PRESET, STEPS = "e12", "embedded", 10
+EXPERIMENT, STEPS = "e12", 10
 
 
-def rows(repeats: int) -> list[dict[str, Any]]:
-    """Median seconds of a step under the ideal profile and under the experiment's, and their ratio.
+def rows(s: Setting) -> Iterator[Row]:
+    """A step under the experiment's profile beside one under the ideal profile.
 
     Both do the same work: the same prompts, completions of full length, and the same tokens in the loss.
     """
-    experiment = load(EXPERIMENT, PRESET)
+    small = ["algorithm.prompts_per_step=1", "algorithm.micro_batch_size=8"] if s.quick else []
+    experiment = load(EXPERIMENT, "smoke" if s.quick else "embedded", small)
     model, tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
     model.generation_config.eos_token_id = None  # full length: the work must not depend on what is sampled
     plain = copy.deepcopy(model)
-    names = {"ideal": ("ideal", None), EXPERIMENT: (experiment.profile.name, build_aqn(experiment))}
-    candidates: dict[str, Callable[[], object]] = {}
-    for (name, (profile, aqn)), base in zip(names.items(), (plain, model), strict=True):
-        candidates[name] = _step(experiment, base, tokenizer, profile, aqn)
-    seconds = alternate(candidates, repeats)
-    return [
-        {"profile": name, "seconds": f"{s:.2f}", "of ideal": f"{s / seconds['ideal']:.2f}"}
-        for name, s in seconds.items()
-    ]
+    candidates = {
+        "ideal": _step(experiment, plain, tokenizer, "ideal", None),
+        EXPERIMENT: _step(experiment, model, tokenizer, experiment.profile.name, build_aqn(experiment)),
+    }
+    seconds = alternate(candidates, s.repeats)
+    yield Row(
+        suite=s.suite,
+        kernel=f"step of {EXPERIMENT}: rollout, loss, backward, update",
+        threads=s.threads,
+        seconds=seconds[EXPERIMENT],
+        beside="the same under the ideal profile",
+        beside_seconds=seconds["ideal"],
+        metric="of plain",
+    )
 
 
-def _step(experiment: Any, base: Any, tokenizer: Any, profile: str, aqn: Any) -> Callable[[], object]:
+def _step(experiment: Any, base: Any, tokenizer: Any, profile: str, aqn: Any) -> Call:
     algorithm = experiment.algorithm
     model = attach_lora(base, experiment.lora, seed=0)
     emulation = aqnsim.emulate(model, profile, seed=0, aqn=aqn)
@@ -48,7 +56,7 @@ def _step(experiment: Any, base: Any, tokenizer: Any, profile: str, aqn: Any) ->
     uniforms = keyed_uniforms(0, 0, range(len(prompts)), algorithm.max_new_tokens)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
     ids, mask = pad_left(prompts, 0)
-    answer = torch.randint(0, 1000, (len(prompts), algorithm.max_new_tokens))
+    answer = torch.randint(0, model.config.vocab_size, (len(prompts), algorithm.max_new_tokens))
 
     def run() -> None:
         emulation.begin_step(STEPS // 2, STEPS)  # a step with noise on

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,19 +13,17 @@ import aqnsim
 from aqnsim import backends
 from aqnsim.backends.compose import compositions
 from aqnsim.backends.cpu import missed
-from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec, Profile, Rule
-from benchmarks.timing import alternate
+from aqnsim.profiles import Profile, Rule
+from benchmarks.kernels import Setting
+from benchmarks.products import SPEC
+from benchmarks.records import Row
+from benchmarks.timing import Call, alternate
 from training.adapters import attach_lora
 from training.config import load
 from training.models import load_model
 
 BATCH, LENGTH = 8, 128
-ERROR = "relative-gaussian(sigma=0.05)"
-SPEC = OpSpec(
-    forward=Forward(input="mxfp4", weight="mxfp4", error=ERROR),
-    grad_input=GradInput(error=ERROR),
-    grad_weight=GradWeight(error=ERROR),
-)
+LIMIT = 1.5  # of plain
 PROFILE = Profile(
     name="mxfp4-w4a4 with errors of 5 %",
     description="what this benchmark asks for",
@@ -34,39 +33,39 @@ PROFILE = Profile(
 )
 
 
-def rows(repeats: int) -> list[dict[str, Any]]:
-    """Median seconds of a training step, plain, emulated and emulated without receipts, with adapters and in full."""
-    found = []
-    for mode in ("lora", "full"):
-        seconds = alternate(_candidates(mode), repeats)
-        for name, s in seconds.items():
-            share = (seconds["emulated"] - s) / seconds["emulated"] if name == "without receipts" else None
-            found.append(
-                {
-                    "trains": mode,
-                    "step": name,
-                    "seconds": f"{s:.3f}",
-                    "of plain": f"{s / seconds['plain']:.2f}",
-                    "receipts' share": "" if share is None else f"{share:.1%}",
-                }
+def rows(s: Setting) -> Iterator[Row]:
+    """A training step emulated, and emulated without receipts, beside a plain one, with adapters and in full."""
+    for mode in ("lora",) if s.quick else ("lora", "full"):
+        seconds = alternate(_candidates(mode, s.quick), s.repeats)
+        for name in ("emulated", "emulated without receipts"):
+            yield Row(
+                suite=s.suite,
+                kernel=f"train step {mode}, {name}",
+                dtype="bfloat16",
+                threads=s.threads,
+                seconds=seconds[name],
+                beside="plain step",
+                beside_seconds=seconds["plain"],
+                metric="of plain",
+                target=LIMIT if name == "emulated" else None,
             )
-    return found
 
 
-def _candidates(mode: str) -> dict[str, Callable[[], object]]:
-    base, _ = load_model("smollm2-135m-instruct", dtype="bfloat16")
+def _candidates(mode: str, quick: bool) -> dict[str, Call]:
+    experiment = load("e12", "smoke" if quick else "embedded")
+    base, _ = load_model(experiment.model.name, dtype="bfloat16")
     models: dict[str, Any] = {name: copy.deepcopy(base) for name in ("plain", "emulated")}
     for name, model in models.items():
         if mode == "lora":
-            models[name] = attach_lora(model, load("e12", "embedded").lora, seed=0).train()
+            models[name] = attach_lora(model, experiment.lora, seed=0).train()
         else:
             model.train().requires_grad_(True)
     aqnsim.emulate(models["emulated"], PROFILE)
-    unmeasured = _unmeasured()
+    unmeasured, batch = _unmeasured(), (1, 16) if quick else (BATCH, LENGTH)
     return {
-        "plain": lambda: _step(models["plain"]),
-        "emulated": lambda: _step(models["emulated"]),
-        "without receipts": lambda: _with(unmeasured, lambda: _step(models["emulated"])),
+        "plain": lambda: _step(models["plain"], batch),
+        "emulated": lambda: _step(models["emulated"], batch),
+        "emulated without receipts": lambda: _with(unmeasured, lambda: _step(models["emulated"], batch)),
     }
 
 
@@ -91,7 +90,7 @@ def _with(backend: str, run: Callable[[], object]) -> None:
         backends.use("cpu")
 
 
-def _step(model: Any) -> None:
-    ids = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % 1000
+def _step(model: Any, batch: tuple[int, int]) -> None:
+    ids = torch.arange(math.prod(batch)).reshape(batch) % model.config.vocab_size
     model(input_ids=ids, labels=ids).loss.backward()
     model.zero_grad(set_to_none=True)
