@@ -1,0 +1,85 @@
+"""Bit casts and constants: the twin of ``csrc/core/bits.h``.
+
+A kernel here uses only operations whose result IEEE 754 fixes to the last bit, and is compiled without contraction (see
+:mod:`aqnsim.backends.triton.launch`). Patterns are uint32; a constant is made from its pattern, as a subnormal literal
+would become fp64.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def of(parameters: Any, field: str) -> Any:
+    """A field of what a kernel is compiled for."""
+    return getattr(parameters, field)
+
+
+@triton.constexpr_function
+def pattern(value: float) -> int:
+    """The bits of a number as binary32, which must hold it; NaN is the quiet one."""
+    return 0x7FC00000 if value != value else int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+@triton.jit
+def fp32(VALUE: tl.constexpr):
+    """A constant."""
+    return tl.full((), pattern(VALUE), tl.uint32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def bits_of(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(u):
+    return u.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude_of(x):
+    """The bits of ``|x|``."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def abs_of(x):
+    return float_of(magnitude_of(x))
+
+
+@triton.jit
+def is_finite(x):
+    return magnitude_of(x) < 0x7F800000
+
+
+@triton.jit
+def is_nan(x):
+    return magnitude_of(x) > 0x7F800000
+
+
+@triton.jit
+def differs(a, b):
+    """Other bits, where all NaNs count as one."""
+    return (bits_of(a) != bits_of(b)) & ~(is_nan(a) & is_nan(b))
+
+
+@triton.jit
+def exp2_of(e):
+    """2^e for -127 <= e <= 127, int32."""
+    return float_of(tl.where(e > -127, (e + 127) << 23, 0x00400000).to(tl.uint32))
+
+
+@triton.jit
+def as_held(x, DTYPE: tl.constexpr):
+    """fp32 values as a tensor of ``DTYPE`` holds them: to nearest even."""
+    if DTYPE == tl.bfloat16:
+        u = bits_of(x)
+        nearest = u + 0x7FFF + ((u >> 16) & 1)
+        x = float_of(tl.where(is_nan(x), u | 0x00400000, nearest) & 0xFFFF0000)
+    return x
