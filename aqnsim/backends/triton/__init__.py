@@ -1,9 +1,10 @@
 """Kernels in Triton: the twins of ``csrc/core``, bit-equal to ``aqnsim.reference``.
 
-They serve CUDA tensors; with ``TRITON_INTERPRET=1`` in the environment before the first import, Triton's interpreter runs
-them on CPU tensors, slowly, to test them without a GPU.
+They serve CUDA tensors. With ``TRITON_INTERPRET=1`` in the environment before the first import, Triton's interpreter
+runs them, on CPU tensors too: slowly, to test them without a GPU.
 """
 
 from __future__ import annotations
 
 from aqnsim.backends.triton.cast import cast, quantize
+from aqnsim.backends.triton.perturb import perturb

@@ -7,11 +7,15 @@ would become fp64.
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import Any
 
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether kernels run in Triton's interpreter, on CPU tensors."""
 
 
 @triton.constexpr_function
@@ -76,10 +80,31 @@ def exp2_of(e):
 
 
 @triton.jit
-def as_held(x, DTYPE: tl.constexpr):
-    """fp32 values as a tensor of ``DTYPE`` holds them: to nearest even."""
-    if DTYPE == tl.bfloat16:
+def widened(x):
+    """Values of a float32 or bfloat16 tensor in fp32; bfloat16 is its upper half."""
+    if x.dtype == tl.bfloat16:
+        return float_of(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    else:
+        return x
+
+
+@triton.jit
+def narrowed(x, DTYPE: tl.constexpr):
+    """fp32 values as a tensor of ``DTYPE`` holds them, to nearest even.
+
+    A GPU has an instruction for it. Triton's interpreter drops the low bits instead, and loses subnormals.
+    """
+    if DTYPE != tl.bfloat16:
+        return x
+    elif INTERPRETED:
         u = bits_of(x)
-        nearest = u + 0x7FFF + ((u >> 16) & 1)
-        x = float_of(tl.where(is_nan(x), u | 0x00400000, nearest) & 0xFFFF0000)
-    return x
+        nearest = tl.where(is_nan(x), u | 0x00400000, u + 0x7FFF + ((u >> 16) & 1))
+        return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def as_held(x, DTYPE: tl.constexpr):
+    """The same, back in fp32."""
+    return widened(narrowed(x, DTYPE))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aqnsim.backends.checks import check_dtype
 from aqnsim.backends.half import casts_half
-from aqnsim.backends.triton.bits import exp2_of, float_of, fp32, is_finite, magnitude_of, of
+from aqnsim.backends.triton.bits import exp2_of, float_of, fp32, is_finite, magnitude_of, narrowed, of, widened
 from aqnsim.backends.triton.launch import TILE, launch, power_of_two
 from aqnsim.backends.triton.measure import measure_cast, no_stats, partial_sums, totals
 from aqnsim.backends.triton.noise import block, coordinates, picked, words_of
@@ -42,7 +42,7 @@ def amax_kernel(x, amax, high, wide, steps, PER_ROW: tl.constexpr, TH: tl.conste
     h = (inner // across).to(INDEX) * TH + tl.arange(0, TH)[:, None]
     w = (inner % across).to(INDEX) * TW + tl.arange(0, TW)[None, :]
     at = x + batch.to(tl.int64) * steps[0] + (h * steps[1] + w * steps[2])
-    v = tl.load(at, mask=(h < high) & (w < wide), other=0.0).to(tl.float32)
+    v = widened(tl.load(at, mask=(h < high) & (w < wide), other=0.0))
     largest = tl.max(magnitude_of(v).to(tl.int32), 1)
     if PER_ROW:
         rows = (inner // across).to(INDEX) * TH + tl.arange(0, TH)
@@ -93,7 +93,7 @@ def cast_kernel(
         inside &= c < C
     base = batch.to(tl.int64) * steps[0]
     offset = h * steps[1] + w * steps[2]
-    v = tl.load(x + base + offset, mask=inside, other=0.0).to(tl.float32)
+    v = widened(tl.load(x + base + offset, mask=inside, other=0.0))
 
     word = tl.zeros((1, 1, 1, 1), tl.uint32)
     if of(E, "random_bits") > 0:
@@ -137,20 +137,20 @@ def cast_kernel(
         if STORES_SCALES:
             at = batch * scale_steps[0] + bh * scale_steps[1] + bw * scale_steps[2]
             if SCALE == "tensor":
-                tl.store(scales + at * 0, s, mask=(at == 0) & (pid == 0))
+                tl.store(scales + h * 0, s, mask=(h == 0) & (pid == 0))
             elif SCALE == "row":
-                tl.store(scales + batch * high + h, s, mask=(h < high) & (bw == 0))
+                tl.store(scales + batch * high + h, s, mask=(h < high) & (inner % tiles_across == 0))
             else:
                 tl.store(scales + at, s, mask=(bh < down) & (bw < across))
         if not UNSCALED:
             out = out * decode
             if of(S, "two_level"):
                 out = out * decode_all
-    stored_out = out.to(y.dtype.element_ty)
-    tl.store(y + base + offset, stored_out, mask=inside)
+    held = narrowed(out, y.dtype.element_ty)
+    tl.store(y + base + offset, held, mask=inside)
     if MEASURE:
         measure_cast(
-            stats, v, stored_out.to(tl.float32), scaled, inside, fp32(of(E, "max")), -fp32(of(E, "max_negative"))
+            stats, v, widened(held), scaled, inside, fp32(of(E, "max")), -fp32(of(E, "max_negative"))
         )
 
 
@@ -187,7 +187,7 @@ def search_kernel(
     m = tl.zeros((N, RP), tl.uint32)
     for j in range(C):
         w = bw[:, None] * C + j
-        u = magnitude_of(tl.load(at + w * steps[2], mask=inside & (w < wide), other=0.0).to(tl.float32))
+        u = magnitude_of(widened(tl.load(at + w * steps[2], mask=inside & (w < wide), other=0.0)))
         if of(S, "finite_only"):
             u = tl.where(u < 0x7F800000, u, 0)
         m = tl.maximum(m, u)
@@ -200,7 +200,7 @@ def search_kernel(
         f0, f1, f2 = exp2_of(-e)[:, None], exp2_of(-up)[:, None], exp2_of(-below)[:, None]
         for j in range(C):
             w = bw[:, None] * C + j
-            v = tl.load(at + w * steps[2], mask=inside & (w < wide), other=0.0).to(tl.float32)
+            v = widened(tl.load(at + w * steps[2], mask=inside & (w < wide), other=0.0))
             if of(S, "finite_only"):
                 v = tl.where(is_finite(v), v, 0.0)
             errors0 += squared_error(v * f0, NEAREST)
@@ -220,7 +220,7 @@ def search_kernel(
         f1, s1 = two_level(encode, base * 1.5, S)
         for j in range(C):
             w = bw[:, None] * C + j
-            v = tl.load(at + w * steps[2], mask=inside & (w < wide), other=0.0).to(tl.float32)
+            v = widened(tl.load(at + w * steps[2], mask=inside & (w < wide), other=0.0))
             errors0 += tensor_error(v, f0[:, None], s0[:, None], all_amax, NEAREST, S)
             errors1 += tensor_error(v, f1[:, None], s1[:, None], all_amax, NEAREST, S)
         found = (error_sum(errors1, RP) < error_sum(errors0, RP)).to(tl.int32)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter, on CPU tensors."""
+from aqnsim.backends.triton.bits import INTERPRETED
 
-TILE = 1 << 16 if INTERPRETED else 2048
+TILE = 1 << 16 if INTERPRETED.value else 2048
 """About how many elements a program takes."""
 
 OPTIONS = {"enable_fp_fusion": False}

@@ -156,7 +156,7 @@ def missed(
 ):
     """``y`` after a model of a chain, and the values that it hit. Infinities and NaNs pass unchanged."""
     KIND: tl.constexpr = kind_of(MODEL)
-    hit = y != y
+    hit = tl.zeros(y.shape, tl.int32) != 0
     if KIND == "relative-gaussian":
         key, word = coordinates(key, clock, of(MODEL, "draw"), PLACE, 0)
         z = normals_of(column, row, key, word)
