@@ -3,8 +3,3 @@
 They serve CUDA tensors. With ``TRITON_INTERPRET=1`` in the environment before the first import, Triton's interpreter
 runs them, on CPU tensors too: slowly, to test them without a GPU.
 """
-
-from __future__ import annotations
-
-from aqnsim.backends.triton.cast import cast, quantize
-from aqnsim.backends.triton.perturb import perturb

@@ -1,14 +1,13 @@
 """Bit casts and constants: the twin of ``csrc/core/bits.h``.
 
 A kernel here uses only operations whose result IEEE 754 fixes to the last bit, and is compiled without contraction (see
-:mod:`aqnsim.backends.triton.launch`). Patterns are uint32; a constant is made from its pattern, as a subnormal literal
-would become fp64.
+:mod:`aqnsim.backends.triton.launch`). Patterns are uint32; a constant is made by ``fp32``, as a subnormal
+literal would become fp64.
 """
 
 from __future__ import annotations
 
 import os
-import struct
 from typing import Any
 
 import triton
@@ -24,16 +23,10 @@ def of(parameters: Any, field: str) -> Any:
     return getattr(parameters, field)
 
 
-@triton.constexpr_function
-def pattern(value: float) -> int:
-    """The bits of a number as binary32, which must hold it; NaN is the quiet one."""
-    return 0x7FC00000 if value != value else int(struct.unpack("<I", struct.pack("<f", value))[0])
-
-
 @triton.jit
 def fp32(VALUE: tl.constexpr):
     """A constant."""
-    return tl.full((), pattern(VALUE), tl.uint32).to(tl.float32, bitcast=True)
+    return tl.full((), VALUE, tl.float32)
 
 
 @triton.jit
