@@ -137,9 +137,9 @@ def cast_kernel(
         if STORES_SCALES:
             at = batch * scale_steps[0] + bh * scale_steps[1] + bw * scale_steps[2]
             if SCALE == "tensor":
-                tl.store(scales + h * 0, s, mask=(h == 0) & (pid == 0))
+                tl.store(scales + h * 0, s, mask=h + pid == 0)
             elif SCALE == "row":
-                tl.store(scales + batch * high + h, s, mask=(h < high) & (inner % tiles_across == 0))
+                tl.store(scales + batch * high + h, s, mask=(h < high) & (h * 0 + inner % tiles_across == 0))
             else:
                 tl.store(scales + at, s, mask=(bh < down) & (bw < across))
         if not UNSCALED:
@@ -150,7 +150,8 @@ def cast_kernel(
     tl.store(y + base + offset, held, mask=inside)
     if MEASURE:
         measure_cast(
-            stats, v, widened(held), scaled, inside, fp32(of(E, "max")), -fp32(of(E, "max_negative"))
+            stats, v, widened(held), scaled, inside, fp32(of(E, "max")), -fp32(of(E, "max_negative")),
+            pid, tl.num_programs(0),
         )
 
 

@@ -22,42 +22,41 @@ MEASURED = STATS[: STATS.index("requested2")]
 
 
 @triton.jit
-def put(stats, ROW: tl.constexpr, value, exponent):
-    """One of the program's partial sums, ``value 2^exponent``, into ``[2, len(MEASURED), programs]``."""
-    programs, program = tl.num_programs(0), tl.program_id(0)
-    tl.store(stats + ROW * programs + program, value.to(tl.float32))
-    tl.store(stats + (10 + ROW) * programs + program, exponent.to(tl.float32))
+def put(stats, ROW: tl.constexpr, value, exponent, part, parts):
+    """A partial sum, ``value 2^exponent``, into ``[2, len(MEASURED), parts]``."""
+    tl.store(stats + ROW * parts + part, value.to(tl.float32))
+    tl.store(stats + (10 + ROW) * parts + part, exponent.to(tl.float32))
 
 
 @triton.jit
-def put_count(stats, ROW: tl.constexpr, true):
-    put(stats, ROW, tl.sum(true.to(tl.int32)), tl.zeros((), tl.int32))
+def put_count(stats, ROW: tl.constexpr, true, part, parts):
+    put(stats, ROW, tl.sum(true.to(tl.int32)), tl.zeros((), tl.int32), part, parts)
 
 
 @triton.jit
-def put_squares(stats, ROW: tl.constexpr, x, doubled):
+def put_squares(stats, ROW: tl.constexpr, x, doubled, part, parts):
     """The sum of the squares of finite values, or of those of twice the values."""
     largest = tl.max((bits_of(x) & 0x7FFFFFFF).to(tl.int32))
     e = tl.maximum(largest >> 23, 1) - 127
     x = x * exp2_of(-e)
-    put(stats, ROW, tl.sum(x * x), 2 * e + 2 * doubled)
+    put(stats, ROW, tl.sum(x * x), 2 * e + 2 * doubled, part, parts)
 
 
 @triton.jit
-def measure_cast(stats, x, held, scaled, inside, highest, lowest):
+def measure_cast(stats, x, held, scaled, inside, highest, lowest, part, parts):
     """A cast from ``x`` to ``held``, which reached the element's rounding as ``scaled``."""
     finite = is_finite(x) & is_finite(held) & inside  # one Inf must not spoil the sums of all others
-    put(stats, 0, (tl.program_id(0) == 0).to(tl.int32), tl.zeros((), tl.int32))
-    put_count(stats, 1, inside)
-    put_count(stats, 2, differs(held, x) & inside)
-    put_squares(stats, 3, tl.where(finite, held - x, 0.0), 0)
-    put_squares(stats, 4, tl.where(finite, x, 0.0), 0)
-    put_count(stats, 7, ((scaled > highest) | (scaled < lowest)) & inside)
-    put_count(stats, 8, ~is_finite(held) & inside)
+    put(stats, 0, (part == 0).to(tl.int32), tl.zeros((), tl.int32), part, parts)
+    put_count(stats, 1, inside, part, parts)
+    put_count(stats, 2, differs(held, x) & inside, part, parts)
+    put_squares(stats, 3, tl.where(finite, held - x, 0.0), 0, part, parts)
+    put_squares(stats, 4, tl.where(finite, x, 0.0), 0, part, parts)
+    put_count(stats, 7, ((scaled > highest) | (scaled < lowest)) & inside, part, parts)
+    put_count(stats, 8, ~is_finite(held) & inside, part, parts)
 
 
 @triton.jit
-def measure_perturb(stats, before, after, clean, held, unit, hits, inside):
+def measure_perturb(stats, before, after, clean, held, unit, hits, inside, part, parts):
     """A perturbation in fp32, from ``before`` to ``after``, and the two as the output holds them.
 
     What was injected is measured in units of what a lone Gaussian model misses by a share of.
@@ -66,23 +65,23 @@ def measure_perturb(stats, before, after, clean, held, unit, hits, inside):
     sound = is_finite(before) & is_finite(unit) & (unit != 0.0) & inside
     share = (after - before) / tl.where(sound, unit, 1.0)
     measurable = sound & is_finite(share)
-    put(stats, 0, (tl.program_id(0) == 0).to(tl.int32), tl.zeros((), tl.int32))
-    put_count(stats, 1, inside)
-    put_count(stats, 2, differs(held, clean) & inside)
+    put(stats, 0, (part == 0).to(tl.int32), tl.zeros((), tl.int32), part, parts)
+    put_count(stats, 1, inside, part, parts)
+    put_count(stats, 2, differs(held, clean) & inside, part, parts)
     both = finite & is_finite(clean)
     error, half = tl.where(both, held - clean, 0.0), tl.where(both, 0.5 * held - 0.5 * clean, 0.0)
     beyond = tl.max((~is_finite(error)).to(tl.int32))  # an error may exceed fp32, its half never
-    put_squares(stats, 3, tl.where(beyond == 1, half, error), beyond)
-    put_squares(stats, 4, tl.where(finite, before, 0.0), 0)
-    put_squares(stats, 5, tl.where(measurable, share, 0.0), 0)
-    put_count(stats, 6, measurable)
-    put_count(stats, 8, ~is_finite(held) & inside)
-    put(stats, 9, tl.sum(hits), tl.zeros((), tl.int32))
+    put_squares(stats, 3, tl.where(beyond == 1, half, error), beyond, part, parts)
+    put_squares(stats, 4, tl.where(finite, before, 0.0), 0, part, parts)
+    put_squares(stats, 5, tl.where(measurable, share, 0.0), 0, part, parts)
+    put_count(stats, 6, measurable, part, parts)
+    put_count(stats, 8, ~is_finite(held) & inside, part, parts)
+    put(stats, 9, tl.sum(hits), tl.zeros((), tl.int32), part, parts)
 
 
-def partial_sums(like: Tensor, programs: int) -> Tensor:
+def partial_sums(like: Tensor, parts: int) -> Tensor:
     """Where a kernel puts them."""
-    return torch.zeros(2, len(MEASURED), programs, dtype=torch.float32, device=like.device)
+    return torch.zeros(2, len(MEASURED), parts, dtype=torch.float32, device=like.device)
 
 
 def totals(partial: Tensor, models: Sequence[ErrorModel] = ()) -> Tensor:

@@ -99,7 +99,7 @@ def perturb_kernel(
     if MEASURE:
         measure_perturb(
             stats, before, after, as_held(before, OUT), widened(held), unit_of(before, size, CHAIN),
-            tl.where(inside, hits, 0), inside,
+            tl.where(inside, hits, 0), inside, tl.program_id(0), tl.num_programs(0),
         )  # fmt: skip
 
 
@@ -108,7 +108,14 @@ def perturb_kernel(
 
 @lru_cache(maxsize=4096)
 def numbers_of(models: Sequence[ErrorModel]) -> tuple[float, ...]:
-    """Two a model: sigma; gain, offset; threshold; limit; size; value."""
+    """Two a model: sigma; gain, offset; threshold; limit; size; value.
+
+    Raises:
+        BackendError: kernels have no branch for a model.
+    """
+    for m in models:
+        if type(m) not in _NUMBERS:
+            raise BackendError(f"backend 'triton' has no kernel for {m}; it has: {', '.join(k.kind for k in _NUMBERS)}")
     return tuple(n for m in models for n in (*(getattr(m, field) for field in _NUMBERS[type(m)]), 0.0, 0.0)[:2])
 
 
@@ -144,11 +151,6 @@ def perturb(
     check_dtype(y), check_dtype(out)
     rows = check_rows("perturb", y, rows)
     models, magnitude = check_chain(error, y, magnitude, out.dtype)
-    for m in models:
-        if type(m) not in _NUMBERS:
-            raise BackendError(
-                f"backend 'triton' has no kernel for {m}; it has: {', '.join(k.kind for k in _NUMBERS)}"
-            )
     if y.numel() == 0:
         return out, no_stats(y, measure)
     count, columns = shape_in_rows(y)
