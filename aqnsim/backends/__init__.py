@@ -43,7 +43,7 @@ class Backend:
 
 
 # Built-in backends are imported on first use: a name here costs nothing.
-_MODULES = {"cpu": "aqnsim.backends.cpu", "reference": "aqnsim.backends.reference"}
+_MODULES = {name: f"aqnsim.backends.{name}" for name in ("cpu", "reference", "triton")}
 _REGISTERED: dict[str, Backend] = {}
 _CHOSEN = {"cpu": "cpu"}
 
