@@ -11,8 +11,8 @@ from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import DTYPES
 from aqnsim.errors import ErrorModel, chain_text
-from aqnsim.formats import AnyFormat, element_of, get, random_bits, with_rounding
-from aqnsim.quantized import Quantized, quantized
+from aqnsim.formats import AnyFormat, BlockFormat, element_of, get, random_bits, with_rounding
+from aqnsim.quantized import Quantized
 from aqnsim.rng import NoiseKey
 
 
@@ -49,6 +49,7 @@ def cast(
     rounding: str | None = None,
     key: NoiseKey | None = None,
     rows: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Bring values to a format and back: same shape and dtype, straight-through gradient.
 
@@ -62,10 +63,12 @@ def cast(
         rows: int64, one logical row for each row of ``x`` (all axes but the last), for the random bits, or ``[n, 2]``
             with the column at which each row begins; default 0, 1, 2, ... An element's bits depend on the key, its
             logical row and its column alone.
+        out: where to write the result, which is then returned: contiguous, of the shape, dtype and device of ``x``, and
+            ``x`` itself if you like; without a gradient. None for a new tensor.
 
     Raises:
         ConfigError: another dtype, an axis out of range, a key that nothing uses or that is
-            missing, rows of the wrong number.
+            missing, rows of the wrong number, an ``out`` that does not fit or where a gradient is required.
         UnknownNameError: no such format or rounding.
 
     Formula: OCP MX v1.0 section 6.3 for ``mx*``; see docs/semantics.md and :mod:`aqnsim.reference` for all.
@@ -79,7 +82,11 @@ def cast(
     _check_tensor(x, "cast")
     fmt = with_rounding(get(format), rounding)
     value, step = _check_key("cast", fmt, key, rows)
-    out: Tensor = torch.ops.aqnsim.cast(x, str(fmt), _check_axis(x, axis), value, step, rows, False)[0]
+    if out is None:
+        result: Tensor = torch.ops.aqnsim.cast(x, str(fmt), _check_axis(x, axis), value, step, rows, False)[0]
+        return result
+    _check_no_gradient("cast", x, out)
+    torch.ops.aqnsim.cast_out(x, str(fmt), _check_axis(x, axis), value, step, rows, out)
     return out
 
 
@@ -90,12 +97,15 @@ def quantize(
     rounding: str | None = None,
     key: NoiseKey | None = None,
     rows: Tensor | None = None,
+    out: Quantized | None = None,
 ) -> Quantized:
     """Codes and scales of a tensor, packed; ``quantize(x, f).dequantize()`` is bit-equal to ``cast(x, f)``.
 
     Args:
         x: float32, bfloat16 or float16.
         format, axis, rounding, key, rows: as for :func:`cast`.
+        out: of the same format and axis, and of a tensor of the same shape and dtype: its codes and scales are
+            overwritten, and it is returned. None for new ones.
 
     Raises:
         ConfigError: as for :func:`cast`, and NaN in a format without a code for it.
@@ -110,8 +120,32 @@ def quantize(
     _check_tensor(x, "quantize")
     fmt, axis = with_rounding(get(format), rounding), _check_axis(x, axis)
     value, step = _check_key("quantize", fmt, key, rows)
-    parts: tuple[Tensor, Tensor, Tensor] = torch.ops.aqnsim.quantize(x.detach(), str(fmt), axis, value, step, rows)
-    return quantized(*parts, fmt=fmt, dtype=x.dtype, axis=axis)
+    arguments = (x.detach(), str(fmt), axis, value, step, rows)
+    if out is None:
+        codes, scales, tensor_scale = torch.ops.aqnsim.quantize(*arguments)
+        kept = scales if isinstance(fmt, BlockFormat) else None
+        return Quantized(codes, kept, tensor_scale, str(fmt), x.shape, x.dtype, axis)
+    _check_quantized(out, x, str(fmt), axis)
+    _check_no_gradient("quantize", x)
+    scales = torch.empty((), device=x.device) if out.scales is None else out.scales
+    torch.ops.aqnsim.quantize_out(*arguments, out.codes, scales, out.tensor_scale)
+    return out
+
+
+def _check_quantized(out: Quantized, x: Tensor, text: str, axis: int) -> None:
+    if not isinstance(out, Quantized):
+        raise ConfigError(f"quantize: expected a Quantized as out, got {type(out).__name__}")
+    has, expected = (out.format, out.shape, out.dtype, out.axis), (text, x.shape, x.dtype, axis)
+    if has != expected:
+        raise ConfigError(f"quantize: expected out of (format, shape, dtype, axis) {expected}, got {has}")
+
+
+def _check_no_gradient(what: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise ConfigError(
+            f"{what}: out= has no gradient, but a tensor requires one: leave out= away, or call it under "
+            "torch.no_grad()"
+        )
 
 
 def perturb(
@@ -120,6 +154,7 @@ def perturb(
     key: NoiseKey,
     rows: Tensor | None = None,
     magnitude: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Add an op's error to its result: a pure function of the key and each element's logical row and column.
 
@@ -131,10 +166,11 @@ def perturb(
         rows: int64, one logical row for each row of ``y``, or ``[n, 2]`` with the column at which each row begins;
             default 0, 1, 2, ...
         magnitude: float32 as ``y``, ``|A| @ |B|`` of the product that ``y`` is; for ``reference="absdot"`` alone.
+        out: where to write the result, as for :func:`cast`; of another dtype than ``y`` to round to that one.
 
     Raises:
         ConfigError: another dtype, not an error model or a key, rows of the wrong number, a
-            magnitude that is missing or not used.
+            magnitude that is missing or not used, an ``out`` that does not fit or where a gradient is required.
 
     The gradient is straight-through: an error is not a function that training may exploit.
 
@@ -152,7 +188,10 @@ def perturb(
         raise ConfigError(f"perturb: expected an error model such as RelativeGaussian(0.05), or several, got {error!r}")
     if not isinstance(key, NoiseKey):
         raise ConfigError(f"perturb: expected a NoiseKey, got {key!r}")
-    out: Tensor = torch.ops.aqnsim.perturb(
-        y, chain_text(models), key.value, torch.tensor(key.clock), rows, magnitude, None, False
-    )[0]
+    text, clock = chain_text(models), torch.tensor(key.clock)
+    if out is None:
+        result: Tensor = torch.ops.aqnsim.perturb(y, text, key.value, clock, rows, magnitude, None, False)[0]
+        return result
+    _check_no_gradient("perturb", y, out)
+    torch.ops.aqnsim.perturb_out(y, text, key.value, clock, rows, magnitude, out)
     return out

@@ -13,7 +13,7 @@ from aqnsim import (
 from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import check_dtype, check_rows, shape_in_rows
 from aqnsim.formats import BlockFormat, Format, element_of, get
-from aqnsim.quantized import scaled, stored_scales
+from aqnsim.packing import scaled, stored_scales
 from aqnsim.reference.faults import I64, bits_at, check_bit, code_width, scale_rows, sub_key, threshold
 
 _FOLD = np.int64(-7046029254386353131)  # 2^64 over the golden ratio, odd
@@ -71,7 +71,7 @@ def faulty_cast(
     if not 0 <= step < 1 << 32:
         raise ConfigError(f"faulty_cast: step must be in 0..2^32-1, got {step!r}")
     at_step, key = torch.tensor(step), (key + (1 << 63)) % (1 << 64) - (1 << 63)
-    elements, scales, tensor_scale = torch.ops.aqnsim.quantize(x.detach(), str(fmt), axis, key, at_step, rows)
+    elements, scales, tensor_scale = torch.ops.aqnsim.elements(x.detach(), str(fmt), axis, key, at_step, rows)
     count, columns = shape_in_rows(x)
     given = check_rows("faulty_cast", x, rows)
     ids = np.arange(count) if given is None else _one_each(given.cpu().numpy())

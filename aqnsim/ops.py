@@ -7,6 +7,7 @@ for autograd, and ``linear`` differentiates the GEMM of the cast operands.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,17 +16,35 @@ from torch.library import Library, register_autograd, register_fake
 
 from aqnsim import backends
 from aqnsim._errors import ConfigError
+from aqnsim.backends.checks import check_dtype, check_out
 from aqnsim.formats import BlockFormat, get, scale_shape
+from aqnsim.packing import empty_parts
 from aqnsim.receipts import STATS
 
 _LIB = Library("aqnsim", "DEF")
 
 _SCHEMAS = {
     "cast": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows, bool measure) -> (Tensor, Tensor)"),
-    "quantize": ("(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows) -> (Tensor, Tensor, Tensor)"),
+    "cast_out": "(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows, Tensor(a!) out) -> ()",
+    "elements": "(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows) -> (Tensor, Tensor, Tensor)",
+    "quantize": "(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows) -> (Tensor, Tensor, Tensor)",
+    "quantize_out": (
+        "(Tensor x, str format, int axis, int key, Tensor? step, Tensor? rows,"
+        " Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) tensor_scale) -> ()"
+    ),
+    "dequantize": (
+        "(Tensor codes, Tensor scales, Tensor tensor_scale, str format, int axis, SymInt[] shape, ScalarType dtype)"
+        " -> Tensor"
+    ),
+    "dequantize_out": (
+        "(Tensor codes, Tensor scales, Tensor tensor_scale, str format, int axis, Tensor(a!) out) -> ()"
+    ),
     "perturb": (
         "(Tensor y, str error, int key, Tensor step, Tensor? rows, Tensor? magnitude, ScalarType? dtype,"
         " bool measure) -> (Tensor, Tensor)"
+    ),
+    "perturb_out": (
+        "(Tensor y, str error, int key, Tensor step, Tensor? rows, Tensor? magnitude, Tensor(a!) out) -> ()"
     ),
     "gemm": "(Tensor a, Tensor b, str accumulator) -> Tensor",
     "linear": (
@@ -57,20 +76,35 @@ for _name, _schema in _SCHEMAS.items():
 # ---- kernels: whatever backend serves the device --------------------------------------------------------------------
 
 
-def _cast(x: Tensor, *args: Any) -> Any:
-    return backends.resolve("cast", x.device.type)(x, *args)
+def _primitive(op: str) -> Callable[..., Any]:
+    def run(x: Tensor, *args: Any) -> Any:
+        return backends.resolve(op, x.device.type)(x, *args)
+
+    return run
 
 
-def _quantize(x: Tensor, *args: Any) -> Any:
-    return backends.resolve("quantize", x.device.type)(x, *args)
+def _cast_out(x: Tensor, *args: Any) -> None:
+    check_out("cast", args[-1], x.shape, x.dtype, x)
+    backends.resolve("cast_out", x.device.type)(x, *args)
 
 
-def _perturb(y: Tensor, *args: Any) -> Any:
-    return backends.resolve("perturb", y.device.type)(y, *args)
+def _perturb_out(y: Tensor, *args: Any) -> None:
+    out = args[-1]
+    check_dtype(out)
+    check_out("perturb", out, y.shape, out.dtype, y, *(t for t in args if isinstance(t, Tensor)))
+    backends.resolve("perturb_out", y.device.type)(y, *args)
 
 
-def _gemm(a: Tensor, *args: Any) -> Any:
-    return backends.resolve("gemm", a.device.type)(a, *args)
+def _quantize_out(x: Tensor, fmt: str, axis: int, *args: Any) -> None:
+    for out, like in zip(args[-3:], empty_parts(x.to("meta"), get(fmt), axis), strict=True):
+        check_out("quantize", out, like.shape, like.dtype, x)
+    backends.resolve("quantize_out", x.device.type)(x, fmt, axis, *args)
+
+
+def _dequantize_out(codes: Tensor, scales: Tensor, of: Tensor, fmt: str, axis: int, out: Tensor) -> None:
+    check_dtype(out)
+    check_out("dequantize", out, out.shape, out.dtype, codes, scales, of)
+    backends.resolve("dequantize_out", codes.device.type)(codes, scales, of, fmt, axis, out)
 
 
 def _run(op: str, x: Tensor, *args: Any) -> Any:
@@ -107,10 +141,11 @@ def _record(totals: Tensor, stats: Tensor) -> None:
 
 
 for _name, _kernel in {
-    "cast": _cast,
-    "quantize": _quantize,
-    "perturb": _perturb,
-    "gemm": _gemm,
+    **{op: _primitive(op) for op in ("cast", "elements", "quantize", "dequantize", "perturb", "gemm")},
+    "cast_out": _cast_out,
+    "quantize_out": _quantize_out,
+    "dequantize_out": _dequantize_out,
+    "perturb_out": _perturb_out,
     "linear": _linear,
     "linear_backward": _linear_backward,
     "matmul": _matmul,
@@ -137,7 +172,7 @@ def _(x: Tensor, fmt: str, *args: Any) -> tuple[Tensor, Tensor]:
     return _dense(x), _stats_like(x)
 
 
-@register_fake("aqnsim::quantize", lib=_LIB)
+@register_fake("aqnsim::elements", lib=_LIB)
 def _(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     f = get(fmt)
     levels = isinstance(f, BlockFormat) and f.scale_format == "hif4"
@@ -146,6 +181,16 @@ def _(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, Tensor, Tenso
         x.new_empty(scale_shape(f, tuple(x.shape), axis), dtype=torch.int32 if levels else torch.float32),
         x.new_empty((), dtype=torch.float32),
     )
+
+
+@register_fake("aqnsim::quantize", lib=_LIB)
+def _(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_parts(x, get(fmt), axis)
+
+
+@register_fake("aqnsim::dequantize", lib=_LIB)
+def _(codes: Tensor, scales: Tensor, of: Tensor, fmt: str, axis: int, shape: Any, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
 
 
 @register_fake("aqnsim::perturb", lib=_LIB)
@@ -203,9 +248,8 @@ def _(x: Tensor, forward: list[str], backward: list[str], dtype: torch.dtype, *a
     return _dense(x, dtype), _stats_like(x, 3)
 
 
-@register_fake("aqnsim::record", lib=_LIB)
-def _(totals: Tensor, stats: Tensor) -> None:
-    return None
+for _name in ("cast_out", "quantize_out", "dequantize_out", "perturb_out", "record"):
+    register_fake(f"aqnsim::{_name}", lambda *args: None, lib=_LIB)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------

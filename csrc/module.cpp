@@ -118,6 +118,67 @@ StatsArray product(std::array<uintptr_t, 4> addresses, std::array<std::array<int
   return as_array(cpu::kernels().product(g, measure));
 }
 
+// Returns how many NaNs are lost.
+int64_t pack(uintptr_t x, uintptr_t y, uintptr_t scales, int dtype, std::array<int64_t, 2> shape,
+             const Element& element, const Scaling& scaling, const Codes& codes, int scale_code, float tensor_amax,
+             int threads) {
+  cpu::PackArgs p = {};
+  p.cast.x = at<const void>(x);
+  p.cast.y = at<void>(y);
+  p.cast.scales = at<void>(scales);
+  p.cast.dtype = static_cast<cpu::Dtype>(dtype);
+  p.cast.batch = 1;
+  p.cast.high = shape[0];
+  p.cast.wide = shape[1];
+  p.cast.row_major = true;
+  p.cast.element = element;
+  p.cast.scaling = scaling;
+  p.cast.tensor_amax = tensor_amax;
+  p.cast.threads = threads;
+  p.codes = codes;
+  p.scale_code = static_cast<cpu::ScaleCode>(scale_code);
+  py::gil_scoped_release release;
+  return cpu::kernels().pack(p);
+}
+
+// Whether pack() has a loop for a format with blocks along the last axis.
+bool packs(const Element& element, const Scaling& scaling, const Codes& codes) {
+  if (codes.bits > 8 || scaling.rows > 1 || scaling.finite_only || scaling.searches()) return false;
+  const int together = codes.bits == 4 ? 2 : codes.bits == 2 || codes.bits == 6 ? 4 : 1;
+  if (scaling.columns % together != 0) return false;
+  if (scaling.rule == Scale::kHif4) return element.rounding == Rounding::kNearestAway;
+  return PlainEncoder::fits(element) || IntegerEncoder::fits(element, codes) || Hif8Encoder::fits(element);
+}
+
+int64_t encode(uintptr_t x, uintptr_t y, std::array<int64_t, 2> shape, const Codes& codes, int threads) {
+  const cpu::EncodeArgs e = {at<const float>(x), at<void>(y), shape[0], shape[1], codes, threads};
+  py::gil_scoped_release release;
+  return cpu::kernels().encode(e);
+}
+
+void unpack(uintptr_t from, uintptr_t scales, uintptr_t y, int dtype, std::array<int64_t, 2> shape,
+            std::array<int64_t, 4> blocks, const Codes& codes, int scale_code, int scale_use, float tensor_scale,
+            int threads) {
+  cpu::UnpackArgs u;
+  u.from = at<const void>(from);
+  u.scales = at<const void>(scales);
+  u.y = at<void>(y);
+  u.dtype = static_cast<cpu::Dtype>(dtype);
+  u.rows = shape[0];
+  u.columns = shape[1];
+  u.along = blocks[0];
+  u.inner = blocks[1];
+  u.per_block = blocks[2];
+  u.run = blocks[3];
+  u.codes = codes;
+  u.scale_code = static_cast<cpu::ScaleCode>(scale_code);
+  u.scale_use = static_cast<cpu::ScaleUse>(scale_use);
+  u.tensor_scale = tensor_scale;
+  u.threads = threads;
+  py::gil_scoped_release release;
+  cpu::kernels().unpack(u);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -163,7 +224,26 @@ PYBIND11_MODULE(_core, m) {
            }),
            py::kw_only(), "fraction_bits"_a, "chunk"_a, "order"_a, "nearest"_a, "result_bits"_a, "nearest_result"_a,
            "flush"_a, "min_exponent"_a, "promote"_a);
+  py::class_<Codes>(m, "Codes")
+      .def(py::init([](int spelling, int bits, int mantissa_bits, int min_exponent, bool is_signed, bool has_zero,
+                       bool has_negative_zero, int inf, int nan) {
+             return Codes{static_cast<Spelling>(spelling),
+                          bits,
+                          mantissa_bits,
+                          min_exponent,
+                          is_signed,
+                          has_zero,
+                          has_negative_zero,
+                          inf,
+                          nan};
+           }),
+           py::kw_only(), "spelling"_a, "bits"_a, "mantissa_bits"_a, "min_exponent"_a, "is_signed"_a, "has_zero"_a,
+           "has_negative_zero"_a, "inf"_a, "nan"_a);
   m.def("cast", &cast);
+  m.def("packs", &packs);
+  m.def("pack", &pack);
+  m.def("encode", &encode);
+  m.def("unpack", &unpack);
   m.def("tensor_scale", [](const Scaling& k, float amax) { return TensorScale(k, amax).stored; });
   m.def("random_words", [](uintptr_t out, uintptr_t row_ids, bool pairs, int64_t rows, int64_t columns, uint64_t key,
                            uint32_t word, int threads) {

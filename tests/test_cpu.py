@@ -167,13 +167,13 @@ def test_cast_of_empty_and_scalar_tensors(name: str, dtype: torch.dtype, shape: 
 
 
 def assert_same_parts(x: Tensor, text: str, axis: int) -> None:
-    parts = cpu.quantize(x, text, axis, KEY, STEP, None), slow.quantize(x, text, axis, KEY, STEP, None)
+    parts = cpu.elements(x, text, axis, KEY, STEP, None), slow.elements(x, text, axis, KEY, STEP, None)
     for got, expected in zip(*parts, strict=True):
         assert torch.equal(got, expected) if got.dtype == torch.int32 else same_bits(got, expected)
 
 
 @every_text
-def test_quantize_gives_the_reference_s_parts(text: str) -> None:
+def test_elements_and_scales_are_the_reference_s(text: str) -> None:
     x = normal_tensor(35, 3, 50, seed=6)
     for axis in axes_of(text, 3):
         for t in (x, x.bfloat16()):

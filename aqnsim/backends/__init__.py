@@ -15,8 +15,14 @@ from aqnsim._errors import BackendError, unknown
 
 OPS = (
     "cast",
+    "cast_out",
+    "elements",
     "quantize",
+    "quantize_out",
+    "dequantize",
+    "dequantize_out",
     "perturb",
+    "perturb_out",
     "gemm",
     "linear",
     "linear_backward",

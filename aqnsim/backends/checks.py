@@ -90,6 +90,43 @@ def check_models(error: str, dtype: torch.dtype) -> tuple[ErrorModel, ...]:
     return models
 
 
+def check_out(what: str, out: Tensor, shape: Sequence[int], dtype: torch.dtype, *inputs: Tensor) -> None:
+    """Whether a result can be written to ``out``, which may be the input itself.
+
+    Raises:
+        ConfigError: another shape, dtype or device, or memory that is not contiguous or that an input shares in part.
+    """
+    if out.dtype != dtype or out.shape != torch.Size(shape):
+        raise ConfigError(f"{what}: expected out {dtype} {list(shape)}, got {out.dtype} {list(out.shape)}")
+    if not out.is_contiguous():
+        raise ConfigError(f"{what}: expected a contiguous out, got strides {list(out.stride())}: pass a contiguous one")
+    for t in inputs:
+        if t.device != out.device:
+            raise ConfigError(f"{what}: expected out on {t.device}, got {out.device}")
+        if t is not out and _share_memory(t, out) and not _are_same(t, out):
+            raise ConfigError(
+                f"{what}: out shares a part of its memory with an input; pass the input itself or another tensor"
+            )
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.is_contiguous() and a.dtype == b.dtype and a.shape == b.shape
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the ranges of memory that two tensors lie in meet."""
+    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel() or not b.numel():
+        return False
+    (a0, a1), (b0, b1) = (_range(t) for t in (a, b))
+    return a0 < b1 and b0 < a1
+
+
+def _range(t: Tensor) -> tuple[int, int]:
+    span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+    first = t.storage_offset() * t.element_size()
+    return first, first + span * t.element_size()
+
+
 def check_chain(
     error: str, y: Tensor, magnitude: Tensor | None, dtype: torch.dtype
 ) -> tuple[tuple[ErrorModel, ...], Tensor | None]:

@@ -18,6 +18,8 @@ from aqnsim._errors import ConfigError
 from aqnsim.accumulator import HOST
 from aqnsim.errors import chain, needs_magnitude
 from aqnsim.faults import faulty_cast
+from aqnsim.formats import get
+from aqnsim.packing import Parts, decoded, encoded
 from aqnsim.profiles.spec import OpSpec, operand, operand_draws
 from aqnsim.receipts import STATS
 from aqnsim.rng import coordinates
@@ -354,12 +356,51 @@ def compositions(
         x = x.to(dtype)
         return (x.clone() if x is given else x), stats  # an op's result is a tensor of its own
 
+    def cast_out(x: Tensor, *args: Any) -> None:
+        *given, out = args
+        out.copy_(cast(x, *given, False)[0])
+
+    def perturb_out(y: Tensor, *args: Any) -> None:
+        *given, out = args
+        out.copy_(perturb(y, *given, out.dtype, False)[0])
+
     return {
+        "cast_out": cast_out,
+        "perturb_out": perturb_out,
         "linear": linear,
         "linear_backward": linear_backward,
         "matmul": matmul,
         "matmul_backward": matmul_backward,
         "stage": stage,
+    }
+
+
+def packings(elements: Callable[..., Parts]) -> dict[str, Callable[..., Any]]:
+    """``quantize`` and ``dequantize`` in terms of ``elements``, for a backend without kernels of its own."""
+
+    def quantize(x: Tensor, fmt: str, axis: int, *draws: Any) -> Parts:
+        return encoded(*elements(x, fmt, axis, *draws), get(fmt), axis)
+
+    def dequantize(
+        codes: Tensor, scales: Tensor, of: Tensor, fmt: str, axis: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        return decoded(codes, scales, of, get(fmt), axis, shape, dtype)
+
+    def quantize_out(x: Tensor, *args: Any) -> None:
+        *given, codes, scales, tensor_scale = args
+        for to, part in zip((codes, scales, tensor_scale), quantize(x, *given), strict=True):
+            to.copy_(part)
+
+    def dequantize_out(codes: Tensor, *args: Any) -> None:
+        *given, out = args
+        out.copy_(dequantize(codes, *given, out.shape, out.dtype))
+
+    return {
+        "elements": elements,
+        "quantize": quantize,
+        "quantize_out": quantize_out,
+        "dequantize": dequantize,
+        "dequantize_out": dequantize_out,
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aqnsim import _core, accumulator
-from aqnsim._errors import BackendError
+from aqnsim._errors import BackendError, ConfigError
 from aqnsim.backends import Backend, host, register
 from aqnsim.backends.checks import (
     check_chain,
@@ -35,11 +35,21 @@ from aqnsim.backends.fields import (
 )
 from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import ErrorModel, chain, needs_magnitude
-from aqnsim.formats import BlockFormat, element_of, get, scale_shape
+from aqnsim.formats import AnyFormat, BlockFormat, Format, element_of, get, scale_shape
+from aqnsim.packing import (
+    Parts,
+    check_no_nan_is_lost,
+    code_dtype,
+    empty_parts,
+    nan_is_lost,
+    packed_shape,
+    stored_scales,
+)
 from aqnsim.receipts import STATS
 from aqnsim.rng import coordinates
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_STORED = {"e8m0": 1, "fp8_e4m3": 2, "fp32": 3, "hif4": 4}  # the enum ScaleCode of csrc/cpu/kernels.h
 _PARALLEL_FROM = 1 << 15  # elements: below, waking threads costs more than they save
 
 
@@ -58,13 +68,14 @@ class _Plan(NamedTuple):
     element: object
     scaling: object
     needs_amax: bool
+    one_scale: bool  # or none
 
 
 @lru_cache(maxsize=1024)
 def _plan(text: str) -> _Plan:
     fmt = get(text)
     element, scaling = _core.Element(**element_fields(element_of(fmt))), _core.Scaling(**scaling_fields(fmt))
-    return _Plan(element, scaling, needs_amax(fmt))
+    return _Plan(element, scaling, needs_amax(fmt), not isinstance(fmt, BlockFormat) or fmt.block == "tensor")
 
 
 def _row_ids(rows: Tensor | None) -> tuple[int, bool]:
@@ -123,7 +134,42 @@ def cast(
     return out, _stats(stats, measure)
 
 
-def quantize(
+@lru_cache(maxsize=1024)
+def _codes(e: Format) -> object:
+    return _core.Codes(
+        spelling=2 if e.taper else 1 if e.is_integer else 0,
+        bits=e.bits,
+        mantissa_bits=e.mantissa_bits,
+        min_exponent=e.min_exponent,
+        is_signed=e.signed,
+        has_zero=e.has_zero,
+        has_negative_zero=e.has_negative_zero,
+        inf=e.encode(math.inf) if e.has_inf else -1,
+        nan=e.encode(math.nan) if e.has_nan else -1,
+    )
+
+
+class _Packing(NamedTuple):
+    """A format as ``_core.pack`` and ``_core.unpack`` take it."""
+
+    codes: object
+    scale_code: int
+    scale_use: int
+    one_pass: bool  # with blocks along the last axis
+
+
+@lru_cache(maxsize=1024)
+def _packing(text: str) -> _Packing:
+    fmt, plan = get(text), _plan(text)
+    codes = _codes(element_of(fmt))
+    one_pass = not random_bits(fmt) and _core.packs(plan.element, plan.scaling, codes)
+    if not isinstance(fmt, BlockFormat):
+        return _Packing(codes, 0, 0, one_pass)
+    scale_use = {"torchao": 1, "modelopt": 1, "compressed_tensors": 2}.get(fmt.scale, 3)
+    return _Packing(codes, _STORED[fmt.scale_format], scale_use if fmt.scale_format == "fp8_e4m3" else 0, one_pass)
+
+
+def elements(
     x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     f = get(fmt)
@@ -137,6 +183,111 @@ def quantize(
     scales = torch.empty(shape, dtype=torch.int32 if f.scale_format == "hif4" else torch.float32)
     _, amax = _run_cast(x, out, scales, fmt, axis, words, False)
     return out, scales, torch.tensor(_core.tensor_scale(_plan(fmt).scaling, amax))
+
+
+def quantize(x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None) -> Parts:
+    parts = empty_parts(x, get(fmt), axis)
+    quantize_out(x, fmt, axis, key, step, rows, *parts)
+    return parts
+
+
+def quantize_out(
+    x: Tensor,
+    fmt: str,
+    axis: int,
+    key: int,
+    step: Tensor | None,
+    rows: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+) -> None:
+    f, plan, how = get(fmt), _plan(fmt), _packing(fmt)
+    along_rows = axis % max(x.dim(), 1) == max(x.dim(), 1) - 1
+    if not how.one_pass or not (along_rows or plan.one_scale):
+        return _quantize_elements(elements(x, fmt, axis, key, step, rows), f, axis, codes, scales, tensor_scale)
+    x = x if check_dtype(x) in _DTYPES else x.float()
+    x, code, threads = x.contiguous(), _DTYPES[x.dtype], _threads(x)
+    amax = _core.amax(x.data_ptr(), code, x.numel(), threads) if plan.needs_amax else 0.0
+    lost = _core.pack(
+        x.data_ptr(),
+        codes.data_ptr(),
+        scales.data_ptr(),
+        code,
+        shape_in_rows(x),
+        plan.element,
+        plan.scaling,
+        how.codes,
+        how.scale_code,
+        amax,
+        threads,
+    )
+    if lost:
+        raise nan_is_lost(f)
+    if not isinstance(f, BlockFormat):
+        scales.fill_(1.0)
+    tensor_scale.fill_(_core.tensor_scale(plan.scaling, amax))
+
+
+def _quantize_elements(
+    parts: Parts, fmt: AnyFormat, axis: int, codes: Tensor, scales: Tensor, tensor_scale: Tensor
+) -> None:
+    """The codes and stored scales of a tensor that was cast to elements before."""
+    values, found, of_tensor = parts
+    how = _codes(element_of(fmt))
+    if _core.encode(values.data_ptr(), codes.data_ptr(), shape_in_rows(values), how, _threads(values)):
+        check_no_nan_is_lost(*parts, fmt, axis)
+    scales.copy_(stored_scales(found, fmt) if isinstance(fmt, BlockFormat) else found)
+    tensor_scale.copy_(of_tensor)
+
+
+def _blocks(fmt: AnyFormat, shape: tuple[int, ...], axis: int) -> tuple[int, int, int, int]:
+    """Rows as ``[outer, along, inner]``: the sizes of the last two, and how many rows and columns share a scale."""
+    shape = shape or (1,)
+    rows, columns = max(math.prod(shape[:-1]), 1), max(shape[-1], 1)
+    if not isinstance(fmt, BlockFormat) or fmt.block == "tensor":
+        return rows, 1, rows, columns
+    axis %= len(shape)
+    high, wide = fmt.tile or (1, max(shape[axis], 1))
+    if axis == len(shape) - 1:
+        return (shape[-2] if len(shape) > 1 else 1), 1, high, wide
+    return shape[axis], math.prod(shape[axis + 1 : -1]), wide, high
+
+
+def dequantize(
+    codes: Tensor, scales: Tensor, of: Tensor, fmt: str, axis: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    dequantize_out(codes, scales, of, fmt, axis, out)
+    return out
+
+
+def dequantize_out(codes: Tensor, scales: Tensor, of: Tensor, fmt: str, axis: int, out: Tensor) -> None:
+    f, how = get(fmt), _packing(fmt)
+    bits, kept = element_of(f).bits, scale_shape(f, tuple(out.shape), axis)
+    if codes.shape != packed_shape(out.shape, bits) or codes.dtype != code_dtype(bits) or scales.shape != kept:
+        raise ConfigError(
+            f"dequantize: expected codes {code_dtype(bits)} {list(packed_shape(out.shape, bits))} and scales "
+            f"{list(kept)} for {fmt} of shape {list(out.shape)}, got {codes.dtype} {list(codes.shape)} and "
+            f"{list(scales.shape)}"
+        )
+    if out.dtype not in _DTYPES:
+        out.copy_(dequantize(codes, scales, of, fmt, axis, out.shape, torch.float32))
+        return
+    codes, scales = codes.contiguous(), scales.contiguous()
+    _core.unpack(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        out.data_ptr(),
+        _DTYPES[out.dtype],
+        shape_in_rows(out),
+        _blocks(f, tuple(out.shape), axis),
+        how.codes,
+        how.scale_code,
+        how.scale_use,
+        float(of),
+        _threads(out),
+    )
 
 
 def _error_model(model: ErrorModel, place: int, key: int, clock: int, bf16: bool) -> object:
@@ -258,7 +409,11 @@ BACKEND = register(
         devices=("cpu",),
         ops={
             "cast": cast,
+            "elements": elements,
             "quantize": quantize,
+            "quantize_out": quantize_out,
+            "dequantize": dequantize,
+            "dequantize_out": dequantize_out,
             "perturb": perturb,
             "gemm": gemm,
             **compositions(cast, perturb, gemm, missed),

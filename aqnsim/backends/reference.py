@@ -21,7 +21,7 @@ from aqnsim.backends.checks import (
     perturb_stats,
     shape_in_rows,
 )
-from aqnsim.backends.compose import compositions
+from aqnsim.backends.compose import compositions, packings
 from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import ErrorModel, RelativeGaussian, sigma_of
 from aqnsim.formats import AnyFormat, BlockFormat, element_of, get
@@ -95,7 +95,7 @@ def cast(
     return out, perturb_stats(measured, ())
 
 
-def quantize(
+def elements(
     x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     f, values = get(fmt), _numpy(x)
@@ -172,7 +172,7 @@ BACKEND = register(
         devices=("cpu",),
         ops={
             "cast": cast,
-            "quantize": quantize,
+            **packings(elements),
             "perturb": perturb,
             "gemm": gemm,
             **compositions(cast, perturb, gemm),

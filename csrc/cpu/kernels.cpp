@@ -4,11 +4,12 @@
 
 #include "cast.h"
 #include "gemm.h"
+#include "pack.h"
 #include "perturb.h"
 
 namespace aqn::cpu::AQN_ISA {
 
 extern const Kernels table;
-const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm, nullptr};
+const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm, pack, encode, unpack, nullptr};
 
 }  // namespace aqn::cpu::AQN_ISA

@@ -5,6 +5,7 @@
 
 #include "../core/accumulate.h"
 #include "../core/block.h"
+#include "../core/codes.h"
 #include "../core/error.h"
 
 namespace aqn::cpu {
@@ -42,8 +43,8 @@ struct Draws {
 // A contiguous tensor seen as [batch, high, wide] matrices; blocks lie along `wide`.
 struct CastArgs {
   const void* x;
-  void* y;
-  void* scales;           // optional: one fp32 value (for HiF4, 32 bits of levels) a block, as the blocks lie in memory
+  void* y;       // may be x: what shares a scale is read before it is written
+  void* scales;  // optional: one fp32 value (for HiF4, 32 bits of levels) a block, as the blocks lie in memory
   Draws draws;
   Dtype dtype;
   int64_t batch, high, wide;
@@ -97,6 +98,42 @@ struct ProductArgs {
   int threads;
 };
 
+// How a block's scale is stored, and what the tensor's does to it: before it meets an element, or after.
+enum class ScaleCode : int { kNone = 0, kE8m0 = 1, kE4m3 = 2, kFloat = 3, kHif4 = 4 };
+enum class ScaleUse : int { kAlone = 0, kTimesTensor = 1, kOverTensor = 2, kTensorAfter = 3 };
+
+// A contiguous [high, wide] tensor with blocks along its rows, one row or many: to codes, at y, and stored scales.
+struct PackArgs {
+  CastArgs cast;
+  Codes codes;
+  ScaleCode scale_code;
+};
+
+// Contiguous [rows, columns] of values on a format's grid, to codes.
+struct EncodeArgs {
+  const float* x;
+  void* y;
+  int64_t rows, columns;
+  Codes codes;
+  int threads;
+};
+
+// Codes of a contiguous [rows, columns] tensor, to values. Rows are [outer, along, inner]; `per_block` of those along
+// the middle share scales, as `run` columns do.
+struct UnpackArgs {
+  const void* from;
+  const void* scales;
+  void* y;
+  Dtype dtype;  // of y
+  int64_t rows, columns;
+  int64_t along, inner, per_block, run;
+  Codes codes;
+  ScaleCode scale_code;
+  ScaleUse scale_use;
+  float tensor_scale;
+  int threads;
+};
+
 // One table for each instruction set.
 struct Kernels {
   const char* isa;
@@ -107,6 +144,9 @@ struct Kernels {
   void (*random_words)(uint32_t* out, const RowIds&, int64_t rows, int64_t columns, uint64_t key, uint32_t word,
                        int threads);
   void (*gemm)(const GemmArgs&);
+  int64_t (*pack)(const PackArgs&);      // returns how many NaNs have neither a code nor a scale that says so
+  int64_t (*encode)(const EncodeArgs&);  // returns how many NaNs have no code
+  void (*unpack)(const UnpackArgs&);
   Stats (*product)(const ProductArgs&, bool measure);  // null where the processor does not multiply bf16 matrices
 };
 

@@ -77,8 +77,7 @@ def widened(x):
     """Values of a float32 or bfloat16 tensor in fp32; bfloat16 is its upper half."""
     if x.dtype == tl.bfloat16:
         return float_of(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-    else:
-        return x
+    return x
 
 
 @triton.jit
@@ -87,14 +86,13 @@ def narrowed(x, DTYPE: tl.constexpr):
 
     A GPU has an instruction for it. Triton's interpreter drops the low bits instead, and loses subnormals.
     """
-    if DTYPE != tl.bfloat16:
+    if tl.bfloat16 != DTYPE:
         return x
-    elif INTERPRETED:
+    if INTERPRETED:
         u = bits_of(x)
         nearest = tl.where(is_nan(x), u | 0x00400000, u + 0x7FFF + ((u >> 16) & 1))
         return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
+    return x.to(tl.bfloat16)
 
 
 @triton.jit
