@@ -35,7 +35,7 @@ from aqnsim.backends.fields import (
 )
 from aqnsim.backends.half import casts_half, perturbs_half
 from aqnsim.errors import ErrorModel, chain, needs_magnitude
-from aqnsim.formats import AnyFormat, BlockFormat, Format, element_of, get, scale_shape
+from aqnsim.formats import AnyFormat, BlockFormat, Format, element_of, get, random_bits, scale_shape
 from aqnsim.packing import (
     Parts,
     check_no_nan_is_lost,

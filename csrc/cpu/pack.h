@@ -286,11 +286,11 @@ int64_t pack_whole_blocks(const PackArgs& a, const Encoder& encode) {
     std::fill_n(codes + kSize, 16, 0);
     for (int64_t i = first; i < last; i += kBatch) {
       const int batch = static_cast<int>(std::min<int64_t>(kBatch, last - i));
-      float factor[kBatch], s[kBatch];
+      float factor[kBatch], decoded[kBatch], s[kBatch];
       uint32_t amax[kBatch] = {};
       const T* x = static_cast<const T*>(c.x) + i * N;
       for (int b = 0; b < batch; ++b) amax[b] = largest_of(x + b * N, N);
-      k.block_scales(factor, s, amax, kBatch);
+      k.block_scales(factor, decoded, s, amax, kBatch);
       if (a.scale_code == ScaleCode::kE8m0) {
         for (int b = 0; b < batch; ++b) static_cast<uint8_t*>(c.scales)[i + b] = StoredScales::e8m0(s[b]);
       } else {

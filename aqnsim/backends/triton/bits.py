@@ -77,7 +77,8 @@ def widened(x):
     """Values of a float32 or bfloat16 tensor in fp32; bfloat16 is its upper half."""
     if x.dtype == tl.bfloat16:
         return float_of(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -86,13 +87,14 @@ def narrowed(x, DTYPE: tl.constexpr):
 
     A GPU has an instruction for it. Triton's interpreter drops the low bits instead, and loses subnormals.
     """
-    if tl.bfloat16 != DTYPE:
+    if DTYPE != tl.bfloat16:
         return x
-    if INTERPRETED:
+    elif INTERPRETED:
         u = bits_of(x)
         nearest = tl.where(is_nan(x), u | 0x00400000, u + 0x7FFF + ((u >> 16) & 1))
         return (nearest >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(tl.bfloat16)
+    else:
+        return x.to(tl.bfloat16)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from aqnsim.backends.triton.rounding import Element, element, round_to
 from aqnsim.backends.triton.rows import check_draw, check_rows, row_mode, rows_at, shape_in_rows
 from aqnsim.backends.triton.scales import (
     Scaling,
+    at_most_float_max,
     block_scale,
     e8m0_exponent,
     hif4_scaled,
@@ -33,9 +34,7 @@ from aqnsim.formats import AnyFormat, BlockFormat, get, scale_shape
 
 
 @triton.jit
-def amax_kernel(
-    x, amax, high, wide, steps, PER_ROW: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, INDEX: tl.constexpr
-):
+def amax_kernel(x, amax, high, wide, steps, PER_ROW: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, INDEX: tl.constexpr):
     """The bits of the largest magnitude, of each row of ``[batch, high, wide]`` or of all; ``amax`` starts at 0."""
     down, across = tl.cdiv(high, TH), tl.cdiv(wide, TW)
     pid = tl.program_id(0)
@@ -61,8 +60,9 @@ def drawn_words(at, rows, clock, key, last_row, columns, DRAW_QUADS: tl.constexp
     column = (at % columns).to(tl.int64) + first
     if DRAW_QUADS:
         return words_of(column, row, key, word)
-    w0, w1, w2, w3 = block(column, row, key, word)
-    return picked(w0, w1, w2, w3, column)
+    else:
+        w0, w1, w2, w3 = block(column, row, key, word)
+        return picked(w0, w1, w2, w3, column)
 
 
 @triton.jit
@@ -150,15 +150,8 @@ def cast_kernel(
     tl.store(y + base + offset, held, mask=inside)
     if MEASURE:
         measure_cast(
-            stats,
-            v,
-            widened(held),
-            scaled,
-            inside,
-            fp32(of(E, "max")),
-            -fp32(of(E, "max_negative")),
-            pid,
-            tl.num_programs(0),
+            stats, v, widened(held), scaled, inside, fp32(of(E, "max")), -fp32(of(E, "max_negative")),
+            pid, tl.num_programs(0),
         )
 
 
@@ -170,7 +163,8 @@ def error_sum(rows, RP: tl.constexpr):
     if SIZE > 1:
         rows = tl.sum(tl.reshape(rows, (n, 2, SIZE // 2)), 1)
         return error_sum(rows, SIZE // 2)
-    return tl.reshape(rows, (n,))
+    else:
+        return tl.reshape(rows, (n,))
 
 
 @triton.jit
@@ -200,11 +194,7 @@ def search_kernel(
         m = tl.maximum(m, u)
     largest = tl.max(m, 1)
 
-    errors0, errors1, errors2 = (
-        tl.zeros((N, RP), tl.float32),
-        tl.zeros((N, RP), tl.float32),
-        tl.zeros((N, RP), tl.float32),
-    )
+    errors0, errors1, errors2 = tl.zeros((N, RP), tl.float32), tl.zeros((N, RP), tl.float32), tl.zeros((N, RP), tl.float32)
     if of(S, "rule") == "mse":
         e = e8m0_exponent(largest, S)
         up, below = tl.minimum(e + 1, 127), tl.maximum(e - 1, -127)

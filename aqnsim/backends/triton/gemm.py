@@ -62,14 +62,15 @@ def load_operand(
     v = tl.load(x + index.to(tl.int64)[:, None] * depth + k[None, :], mask=inside, other=0.0)
     if E is None:
         return v
-    scaled, held = cast_operand(widened(v), E, S, x.dtype.element_ty)
-    if MEASURE:
-        if measures:
-            measure_cast(
-                stats, widened(v), widened(held), scaled, inside,
-                fp32(of(E, "max")), -fp32(of(E, "max_negative")), part, parts,
-            )  # fmt: skip
-    return held
+    else:
+        scaled, held = cast_operand(widened(v), E, S, x.dtype.element_ty)
+        if MEASURE:
+            if measures:
+                measure_cast(
+                    stats, widened(v), widened(held), scaled, inside,
+                    fp32(of(E, "max")), -fp32(of(E, "max_negative")), part, parts,
+                )  # fmt: skip
+        return held
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from aqnsim.errors import (
     Spike,
     Stuck,
     SystematicBias,
+    sigma_of,
 )
 
 _NUMBERS: dict[type[ErrorModel], tuple[str, ...]] = {  # what of a model a kernel takes as arguments a and b

@@ -20,9 +20,10 @@ def rows_at(rows, index, MODE: tl.constexpr, mask=None):
     """The logical rows, int64, of the rows at ``index``, and the columns at which they begin."""
     if MODE == "none":
         return index.to(tl.int64), tl.zeros((), tl.int64)
-    if MODE == "one":
+    elif MODE == "one":
         return tl.load(rows + index, mask=mask), tl.zeros((), tl.int64)
-    return tl.load(rows + 2 * index, mask=mask), tl.load(rows + 2 * index + 1, mask=mask)
+    else:
+        return tl.load(rows + 2 * index, mask=mask), tl.load(rows + 2 * index + 1, mask=mask)
 
 
 def row_mode(rows: Tensor | None) -> str:

@@ -116,9 +116,7 @@ def tensor_scale(amax, S: tl.constexpr):
         encode = tl.div_rn(amax, fp32(2688.0))
         decode, stored = one, encode
     elif of(S, "rule") == "compressed_tensors":  # so torch divides a number by a tensor
-        encode = 2688.0 * tl.div_rn(
-            one, tl.where(amax < fp32(1.1754943508222875e-38), fp32(1.1754943508222875e-38), amax)
-        )
+        encode = 2688.0 * tl.div_rn(one, tl.where(amax < fp32(1.1754943508222875e-38), fp32(1.1754943508222875e-38), amax))
         encode = tl.where(is_finite(encode), encode, one)
         decode, stored = one, encode
     elif of(S, "rule") == "qutlass":  # a block's scale holds its largest magnitude itself
