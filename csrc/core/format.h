@@ -194,8 +194,8 @@ AQN_HD float rounded(const Grid& f, float x, uint32_t word) {
 // even, for any 0 <= x < M. What is a step 2^q of an element format depends on the exponent of x alone: this rounds its
 // normal numbers, its subnormal ones and integers alike, in a third of the operations of `rounded`.
 //
-// Where all numbers of a format are multiplied by 2^E, so are its steps: with E added to the exponents of `low` and `max`
-// x is rounded to the scaled format and never scaled.
+// Where all numbers of a format are multiplied by 2^E, so are its steps: with E added to the exponents of `low` and
+// `max` x is rounded to the scaled format and never scaled.
 struct Spacing {
   uint32_t low;            // 2^min_exponent: numbers below are spaced as this one is
   uint32_t max;            // the largest number
@@ -210,7 +210,9 @@ struct Spacing {
         max(bits_of(f.max)),
         more_negative(bits_of(f.max_negative) - bits_of(f.max)),
         lift(static_cast<uint32_t>(23 - f.mantissa_bits) << 23),
-        beyond(f.overflow == Overflow::kSaturate ? 0u : f.overflow == Overflow::kInf ? kInfBits : kNanBits),
+        beyond(f.overflow == Overflow::kSaturate ? 0u
+               : f.overflow == Overflow::kInf    ? kInfBits
+                                                 : kNanBits),
         random_mask(~0u << ((32 - f.random_bits) & 31)) {
     top = f.tapered ? (127u + 31u) << 23 : (253u << 23) - lift;
   }
@@ -236,8 +238,8 @@ struct Kind {
 AQN_HD bool rounds_by_addition(const Element& f) {
   const bool even = f.rounding == Rounding::kNearestEven && f.mantissa_bits > 0 && !f.tapered;
   const bool other = f.rounding == Rounding::kNearestAway || f.rounding == Rounding::kStochastic;
-  return (even || other) && f.is_signed && f.has_zero && !f.flush && is_nan(f.nan) && f.min_exponent >= -126 && (bits_of(f.max) & kInfBits) < Spacing(f).top &&
-         !(f.tapered && f.has_negative_zero);
+  return (even || other) && f.is_signed && f.has_zero && !f.flush && is_nan(f.nan) && f.min_exponent >= -126 &&
+         (bits_of(f.max) & kInfBits) < Spacing(f).top && !(f.tapered && f.has_negative_zero);
 }
 AQN_HD bool is_mirrored(const Element& f) { return f.has_negative_zero && f.max == f.max_negative; }
 

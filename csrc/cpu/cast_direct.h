@@ -1,6 +1,6 @@
-// The loops that most casts run, over U values at a time: rounding by addition (see Spacing), and the largest magnitudes
-// of many blocks. Casts by powers of two, or without a scale, are direct: x is rounded to the scaled format and never
-// scaled.
+// The loops that most casts run, over U values at a time: rounding by addition (see Spacing), and the largest
+// magnitudes of many blocks. Casts by powers of two, or without a scale, are direct: x is rounded to the scaled format
+// and never scaled.
 #pragma once
 
 #include "../core/block.h"
@@ -135,8 +135,8 @@ AQN_HD void reduce_max(uint32_t* to, const uint32_t* from) {
   }
 }
 
-// Largest magnitudes of U values in 16 lanes, or of each pair of bfloat16. Magnitudes stand one bit to the left: a shift
-// drops the sign, and what follows a bfloat16 in its lane decides nothing that is kept.
+// Largest magnitudes of U values in 16 lanes, or of each pair of bfloat16. Magnitudes stand one bit to the left: a
+// shift drops the sign, and what follows a bfloat16 in its lane decides nothing that is kept.
 template <int U>
 AQN_HD void fold(uint32_t* lanes, const float* x) {
   for (int start = 0; start < U; start += 16)

@@ -43,8 +43,8 @@ void cast_run(Run<T, kMeasure>& run, Way way, const CastConstants& k, const T* f
 
 // `blocks` of `units` times U values, each with a scale.
 template <int U, class T>
-void cast_blocks_of(T* out, Way way, const CastConstants& k, const T* x, int blocks, int units,
-                    const float* to_element, const float* decode, const Bits<T>* low, const Bits<T>* limit) {
+void cast_blocks_of(T* out, Way way, const CastConstants& k, const T* x, int blocks, int units, const float* to_element,
+                    const float* decode, const Bits<T>* low, const Bits<T>* limit) {
   const Spacing spacing = k.spacing;
   const float t = k.decode();
   const auto each = [&](const auto& body) {
@@ -113,8 +113,8 @@ Stats cast_elements(const CastArgs& a) {
   return total(parts);
 }
 
-// Whole blocks that follow each other, of a multiple of U and a divisor of kRun: kBatch of them at a time, so that their
-// maxima and scales are found in lanes.
+// Whole blocks that follow each other, of a multiple of U and a divisor of kRun: kBatch of them at a time, so that
+// their maxima and scales are found in lanes.
 template <class T, bool kMeasure, int U>
 Stats cast_whole_blocks(const CastArgs& a) {
   constexpr int kBatch = 64, kGroup = 16;
@@ -152,8 +152,8 @@ Stats cast_whole_blocks(const CastArgs& a) {
         if (way == Way::kAny)
           run.scale(x, n, (i + done) * size, lanes.to_element, lanes.decode);
         else
-          cast_blocks_of<U>(run.out, way, k, x, blocks, units, own.to_element + done, own.decode + done,
-                            own.low + done, own.limit + done);
+          cast_blocks_of<U>(run.out, way, k, x, blocks, units, own.to_element + done, own.decode + done, own.low + done,
+                            own.limit + done);
         run.finish(to + done * size, x, n, lanes.to_element, sums);
       }
     }
@@ -220,9 +220,11 @@ void tile_maxima(uint32_t* amax, const T* from, int64_t step, int height, int wi
 // value[i / across], as far as the lanes reach.
 template <class V>
 void spread(V* lanes, const V* values, int n, int across) {
-  if (across == 1) std::copy_n(values, n, lanes);
+  if (across == 1)
+    std::copy_n(values, n, lanes);
   else
-    for (int first = 0, b = 0; first < n; first += across, ++b) std::fill(lanes + first, lanes + std::min(n, first + across), values[b]);
+    for (int first = 0, b = 0; first < n; first += across, ++b)
+      std::fill(lanes + first, lanes + std::min(n, first + across), values[b]);
 }
 
 // Blocks of any shape that lie in a matrix as tiles: a tile's columns have running maxima, and each column its scale.

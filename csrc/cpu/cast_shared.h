@@ -8,8 +8,8 @@
 namespace aqn::cpu::AQN_ISA {
 namespace {
 
-constexpr int kRun = 512;   // values at a time: what they need stays in the first cache
-constexpr int kUnit = 32;   // and in the loops of cast_direct.h
+constexpr int kRun = 512;  // values at a time: what they need stays in the first cache
+constexpr int kUnit = 32;  // and in the loops of cast_direct.h
 
 // ---- largest magnitude ---------------------------------------------------------------------------------------------
 
@@ -81,16 +81,16 @@ AQN_HD void with_kind(const Element& f, const Body& body) {
 // loop, or by arrays.
 enum class Way { kClosed, kDirect, kScaled, kAny };
 
-// The scales of neighbours, each its block's, and what they make of the smallest normal number and the limit of a direct
-// rounding.
+// The scales of neighbours, each its block's, and what they make of the smallest normal number and the limit of a
+// direct rounding.
 template <class T, int N>
 struct Lanes {
   alignas(64) float to_element[N], decode[N];
   alignas(64) Bits<T> low[N], limit[N];
 };
 
-// Fills low and limit for n powers of two; false where one leaves the range. Zeros round to zeros with any scale, unless
-// what did not count towards it is beside them.
+// Fills low and limit for n powers of two; false where one leaves the range. Zeros round to zeros with any scale,
+// unless what did not count towards it is beside them.
 template <class T, int N>
 bool scaled_limits(Lanes<T, N>& lanes, const float* scales, const uint32_t* amax, int n, const Spacing k,
                    bool finite_only) {
@@ -147,7 +147,8 @@ struct CastConstants {
   template <class T, int N>
   Way way_of(Way way, Lanes<T, N>& lanes, const float* scales, const uint32_t* amax, int n) const {
     if (way != Way::kDirect) return way;
-    if (scaled_limits(lanes, scales, amax, n, spacing, scaling.finite_only)) return is_closed ? Way::kClosed : Way::kDirect;
+    if (scaled_limits(lanes, scales, amax, n, spacing, scaling.finite_only))
+      return is_closed ? Way::kClosed : Way::kDirect;
     return element.rounding == Rounding::kNearestEven ? Way::kScaled : Way::kAny;
   }
 
@@ -174,9 +175,7 @@ struct CastConstants {
     if (k.rule == Scale::kPowerOfTwo) {
       in_all([=](uint32_t m) { return e8m0_scale(k, m); });
     } else if (k.rule == Scale::kTwoLevel) {
-      in_all([=](uint32_t m) {
-        return two_level_scale(t, e4m3_round, float_of(m) * (t.encode * (1.0f / 6.0f)));
-      });
+      in_all([=](uint32_t m) { return two_level_scale(t, e4m3_round, float_of(m) * (t.encode * (1.0f / 6.0f))); });
     } else if (k.has_tensor_scale()) {
       in_all([=](uint32_t m) { return nvfp4_scale(k, t, e4m3_round, float_of(m)); });
     } else {

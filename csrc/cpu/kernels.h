@@ -43,7 +43,7 @@ struct Draws {
 struct CastArgs {
   const void* x;
   void* y;
-  void* scales;           // optional: one fp32 value (for HiF4, 32 bits of levels) a block, as the blocks lie in memory
+  void* scales;  // optional: one fp32 value (for HiF4, 32 bits of levels) a block, as the blocks lie in memory
   Draws draws;
   Dtype dtype;
   int64_t batch, high, wide;
