@@ -15,6 +15,8 @@ using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 using Pair = uint32_t __attribute__((may_alias));  // two neighbours in bfloat16
 using Half = uint16_t __attribute__((may_alias));
 
+AQN_HD uint32_t own_bits(float x) { return bits_of(x); }
+AQN_HD uint16_t own_bits(bf16 x) { return x.bits; }
 AQN_HD constexpr uint16_t upper(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
 AQN_HD constexpr uint16_t sum(uint16_t a, uint16_t b) { return static_cast<uint16_t>(a + b); }
 template <class T>

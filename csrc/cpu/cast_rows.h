@@ -195,11 +195,11 @@ void tile_maxima(uint32_t* amax, const T* from, int64_t step, int height, int wi
   std::fill_n(columns, held, 0);
   for (int r = 0; r < height; ++r)
     for (int start = 0; start < width; start += kWide) {
-      const auto* x = reinterpret_cast<const Bits<T>*>(from + r * step + start);
+      const T* x = from + r * step + start;
       const int n = std::min(kWide, width - start);
 #pragma omp simd
       for (int i = 0; i < n; ++i) {
-        const Bits<T> m = x[i] & kAbs, counts = m <= largest ? m : 0;
+        const Bits<T> m = own_bits(x[i]) & kAbs, counts = m <= largest ? m : 0;
         columns[i] = std::max(columns[i], counts);
       }
     }

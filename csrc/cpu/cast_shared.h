@@ -16,14 +16,14 @@ constexpr int kUnit = 32;  // and in the loops of cast_direct.h
 template <class T>
 float amax_typed(const T* x, int64_t n, int threads) {
   constexpr int64_t kChunk = 65536;
+  constexpr Bits<T> kAbs = static_cast<Bits<T>>(~0u) >> 1;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
   std::vector<uint32_t> parts(chunks, 0);
   for_chunks(chunks, threads, [&](int64_t c) {
     const int64_t last = std::min(n, (c + 1) * kChunk);
-    const Bits<T>* bits = reinterpret_cast<const Bits<T>*>(x);
     Bits<T> m = 0;
 #pragma omp simd reduction(max : m)
-    for (int64_t i = c * kChunk; i < last; ++i) m = std::max<Bits<T>>(m, bits[i] & (static_cast<Bits<T>>(~0u) >> 1));
+    for (int64_t i = c * kChunk; i < last; ++i) m = std::max<Bits<T>>(m, own_bits(x[i]) & kAbs);
     parts[c] = static_cast<uint32_t>(m) << (32 - 8 * sizeof(T));
   });
   uint32_t m = 0;
