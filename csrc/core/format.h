@@ -194,31 +194,37 @@ AQN_HD float rounded(const Grid& f, float x, uint32_t word) {
 // even, for any 0 <= x < M. What is a step 2^q of an element format depends on the exponent of x alone: this rounds its
 // normal numbers, its subnormal ones and integers alike, in a third of the operations of `rounded`.
 //
-// Where all numbers of a format are multiplied by 2^E, so are its steps: `shift`, E in the place of fp32's exponent,
-// rounds x to the scaled format without scaling x.
+// Where all numbers of a format are multiplied by 2^E, so are its steps: with E added to the exponents of `low` and
+// `max` x is rounded to the scaled format and never scaled.
 struct Spacing {
-  uint32_t low;         // 2^min_exponent: numbers below are spaced as this one is
-  uint32_t top;         // larger numbers are beyond the range, and are spaced as this one is: M must not overflow
-  uint32_t lift;        // from 2^exponent to M
-  uint32_t max, max_negative;
-  uint32_t beyond;      // what lies beyond the range becomes; 0 for the limit itself
+  uint32_t low;            // 2^min_exponent: numbers below are spaced as this one is
+  uint32_t max;            // the largest number
+  uint32_t more_negative;  // from its bits to those of the lowest number's magnitude
+  uint32_t top;            // larger numbers are beyond the range, and are spaced as this one is: M must not overflow
+  uint32_t lift;           // from 2^exponent to M
+  uint32_t beyond;         // what lies beyond the range becomes; 0 for the limit itself
   uint32_t random_mask;
 
   AQN_HD explicit Spacing(const Element& f)
       : low(bits_of(exp2_of(f.min_exponent))),
-        lift(static_cast<uint32_t>(23 - f.mantissa_bits) << 23),
         max(bits_of(f.max)),
-        max_negative(bits_of(f.max_negative)),
-        beyond(f.overflow == Overflow::kSaturate ? 0u : f.overflow == Overflow::kInf ? kInfBits : kNanBits),
+        more_negative(bits_of(f.max_negative) - bits_of(f.max)),
+        lift(static_cast<uint32_t>(23 - f.mantissa_bits) << 23),
+        beyond(f.overflow == Overflow::kSaturate ? 0u
+               : f.overflow == Overflow::kInf    ? kInfBits
+                                                 : kNanBits),
         random_mask(~0u << ((32 - f.random_bits) & 31)) {
     top = f.tapered ? (127u + 31u) << 23 : (253u << 23) - lift;
   }
 
-  // The shifts for which no constant leaves fp32's normal range.
-  AQN_HD bool allows(int exponent) const {
-    const int lowest = static_cast<int>(low >> 23) + exponent, highest = static_cast<int>(max >> 23) + exponent;
-    return (lowest >= 1) & (highest < static_cast<int>(top >> 23));
+  // The least and the largest 2^E with which all constants stay in fp32's normal range.
+  AQN_HD uint32_t least_scale() const {
+    const uint32_t least = max < low ? max & kInfBits : low;
+    return kOne - (least - kNormal);
   }
+  AQN_HD uint32_t largest_scale() const { return (top & kInfBits) - (max & kInfBits) + kOne - kNormal; }
+
+  static constexpr uint32_t kOne = 127u << 23, kNormal = 1u << 23;
 };
 
 // The kinds of elements that are rounded by addition: their rounding, whether a step depends on the exponent as that of
@@ -232,8 +238,8 @@ struct Kind {
 AQN_HD bool rounds_by_addition(const Element& f) {
   const bool even = f.rounding == Rounding::kNearestEven && f.mantissa_bits > 0 && !f.tapered;
   const bool other = f.rounding == Rounding::kNearestAway || f.rounding == Rounding::kStochastic;
-  return (even || other) && f.is_signed && f.has_zero && !f.flush && is_nan(f.nan) && Spacing(f).allows(0) &&
-         !(f.tapered && f.has_negative_zero);
+  return (even || other) && f.is_signed && f.has_zero && !f.flush && is_nan(f.nan) && f.min_exponent >= -126 &&
+         (bits_of(f.max) & kInfBits) < Spacing(f).top && !(f.tapered && f.has_negative_zero);
 }
 AQN_HD bool is_mirrored(const Element& f) { return f.has_negative_zero && f.max == f.max_negative; }
 
@@ -263,17 +269,23 @@ AQN_HD float stepped(const Spacing& k, float x, float magic, uint32_t word) {
   return bits + (word & k.random_mask) < bits ? floor + step : floor;
 }
 
-// x as a number of the format times 2^E; equals rounded() of the same element.
-template <class K>
-AQN_HD float spaced(const Spacing& k, float x, uint32_t shift, uint32_t word) {
-  const uint32_t magnitude = bits_of(x) & kAbsMask, sign = bits_of(x) & kSignBit, low = k.low + shift;
+// x as a number of the format, of which `low` and `limit` may be scaled; equals rounded() of the same element. A closed
+// range holds all finite numbers that come, as it clamps them, and no others come.
+template <class K, bool kClosed = false>
+AQN_HD float spaced(const Spacing& k, float x, uint32_t low, uint32_t limit, uint32_t word) {
+  const uint32_t magnitude = bits_of(x) & kAbsMask, sign = bits_of(x) & kSignBit;
   uint32_t exponent = magnitude & kInfBits;
   exponent = exponent < low ? low : exponent;
-  exponent = exponent > k.top ? k.top : exponent;
+  if (!kClosed) exponent = exponent > k.top ? k.top : exponent;
   const float magic = float_of(exponent + lift_of<K>(k, exponent));
   const float r = stepped<K>(k, float_of(magnitude), magic, word);
-  const uint32_t limit = (K::mirrored || !sign ? k.max : k.max_negative) + shift;
-  const uint32_t kept = r > float_of(limit) ? (k.beyond ? k.beyond : limit) : bits_of(r);
+  const uint32_t most = K::mirrored || !sign ? limit : limit + k.more_negative;
+  uint32_t kept;
+  if (kClosed) {
+    kept = bits_of(r) > most ? most : bits_of(r);
+  } else {
+    kept = r > float_of(most) ? (k.beyond ? k.beyond : most) : bits_of(r);
+  }
   return float_of(kept | (K::mirrored || kept != 0 ? sign : 0u));
 }
 

@@ -1,6 +1,6 @@
-// The loops that most casts run, over U values at a time: rounding by addition (see Spacing), and the largest magnitudes
-// of many blocks. Casts by powers of two, or without a scale, are direct: x is rounded to the scaled format and never
-// scaled.
+// The loops that most casts run, over U values at a time: rounding by addition (see Spacing), and the largest
+// magnitudes of many blocks. Casts by powers of two, or without a scale, are direct: x is rounded to the scaled format
+// and never scaled.
 #pragma once
 
 #include "../core/block.h"
@@ -9,27 +9,28 @@
 namespace aqn::cpu::AQN_ISA {
 namespace {
 
-// A value's bits. A scale's `shift`, the exponent in its place, has the same type.
+// A value's bits.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-using Pair = uint32_t __attribute__((may_alias));   // two neighbours in bfloat16
+using Pair = uint32_t __attribute__((may_alias));  // two neighbours in bfloat16
 using Half = uint16_t __attribute__((may_alias));
 
+AQN_HD uint32_t own_bits(float x) { return bits_of(x); }
+AQN_HD uint16_t own_bits(bf16 x) { return x.bits; }
+AQN_HD constexpr uint16_t upper(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
+AQN_HD constexpr uint16_t sum(uint16_t a, uint16_t b) { return static_cast<uint16_t>(a + b); }
 template <class T>
-AQN_HD Bits<T> shift_of(float power_of_two) {
-  return static_cast<Bits<T>>((bits_of(power_of_two) - bits_of(1.0f)) >> (32 - 8 * sizeof(T)));
+AQN_HD constexpr Bits<T> narrowed(uint32_t bits) {
+  return static_cast<Bits<T>>(bits >> (32 - 8 * sizeof(T)));
 }
 
-// U values; one shift for all, or one for each lane.
-template <class K, int U, bool kPerLane>
-AQN_HD void direct(float* y, const float* x, const Spacing k, const uint32_t* shift) {
-  const uint32_t one = shift[0];
+// U values with the smallest normal number and the limit of all, or of each lane.
+template <class K, int U, bool kPerLane, bool kClosed>
+AQN_HD void direct(float* y, const float* x, const Spacing k, const uint32_t* low, const uint32_t* limit) {
+  const uint32_t l = low[0], m = limit[0];
 #pragma omp simd
-  for (int i = 0; i < U; ++i) y[i] = spaced<K>(k, x[i], kPerLane ? shift[i] : one, 0u);
+  for (int i = 0; i < U; ++i) y[i] = spaced<K, kClosed>(k, x[i], kPerLane ? low[i] : l, kPerLane ? limit[i] : m, 0u);
 }
-
-AQN_HD uint16_t upper(uint32_t bits) { return static_cast<uint16_t>(bits >> 16); }
-AQN_HD uint16_t sum(uint16_t a, uint16_t b) { return static_cast<uint16_t>(a + b); }
 
 // lift_of() for the upper halves.
 template <class K>
@@ -43,39 +44,50 @@ AQN_HD uint16_t upper_lift(const Spacing& k, uint16_t exponent) {
 // The same in lanes of 16 bits but for the additions themselves, for which the even and the odd elements of each pair
 // become fp32 in place: no lane crosses another. The result of a rounding has no more significant bits than a bfloat16
 // and so is one. A bfloat16 that is no tie stays none with one of fp32's last bits set, and a tie goes away from zero.
-template <class K, int U, bool kPerLane>
-AQN_HD void direct(bf16* to, const bf16* from, const Spacing k, const uint16_t* shift) {
+template <class K, int U, bool kPerLane, bool kClosed>
+AQN_HD void direct(bf16* to, const bf16* from, const Spacing k, const uint16_t* low, const uint16_t* limit) {
   const Half* x = reinterpret_cast<const Half*>(from);
   Half* y = reinterpret_cast<Half*>(to);
   constexpr uint16_t kAbs = 0x7fff, kSign = 0x8000, kInf = 0x7f80;
-  const uint16_t one = shift[0], low = upper(k.low), top = upper(k.top), limit = upper(k.max);
-  const uint16_t largest = k.beyond ? upper(k.beyond) : upper(bits_of(to_bf16(float_of(k.max))));
-  const uint16_t moves = k.beyond ? 0 : 0xffff;  // a limit moves with the scale, Inf and NaN do not
+  constexpr bool kAway = K::rounding == Rounding::kNearestAway;
+  const uint16_t l = low[0], u = limit[0], top = upper(k.top);
   alignas(64) Half magnitude[U], magic[U], rounded[U];
 #pragma omp simd
   for (int i = 0; i < U; ++i) {
-    const uint16_t m = x[i] & kAbs, e = m & kInf, lowest = sum(low, kPerLane ? shift[i] : one);
-    const uint16_t at_least = std::max(e, lowest), exponent = std::min(at_least, top);
+    const uint16_t m = x[i] & kAbs, e = x[i] & kInf, least = kPerLane ? low[i] : l;
+    const uint16_t at_least = std::max(e, least), exponent = kClosed ? at_least : std::min(at_least, top);
     magnitude[i] = m;
     magic[i] = sum(exponent, upper_lift<K>(k, exponent));
   }
-  constexpr uint32_t kTie = K::rounding == Rounding::kNearestAway ? 1u : 0u;
   const Pair *pairs = reinterpret_cast<const Pair*>(magnitude), *magics = reinterpret_cast<const Pair*>(magic);
   Pair* results = reinterpret_cast<Pair*>(rounded);
 #pragma omp simd
   for (int i = 0; i < U / 2; ++i) {
-    const float even = float_of(pairs[i] << 16 | kTie), odd = float_of((pairs[i] & 0xffff0000u) | kTie);
+    const float even = float_of(pairs[i] << 16 | kAway), odd = float_of((pairs[i] & 0xffff0000u) | kAway);
     const float m = float_of(magics[i] << 16), n = float_of(magics[i] & 0xffff0000u);
     results[i] = bits_of((even + m) - m) >> 16 | (bits_of((odd + n) - n) & 0xffff0000u);
   }
+  if (kClosed) {
 #pragma omp simd
-  for (int i = 0; i < U; ++i) {
-    const uint16_t s = kPerLane ? shift[i] : one, beyond = sum(sum(limit, s), 1), r = rounded[i];
-    const uint16_t above = sum(largest, s & moves), past = sum(r, -beyond), span = sum(kInf, -beyond);
-    uint16_t kept = past <= span ? above : r;  // NaN stays
-    if (K::rounding == Rounding::kNearestAway) kept = magnitude[i] == kInf ? above : kept;  // the bit made it a NaN
-    const uint16_t sign = x[i] & kSign, has_sign = K::mirrored || kept ? kSign : 0;
-    y[i] = kept | (sign & has_sign);
+    for (int i = 0; i < U; ++i) {
+      const uint16_t r = rounded[i], most = kPerLane ? limit[i] : u, kept = std::min(r, most);
+      const uint16_t sign = x[i] & kSign, has_sign = K::mirrored || kept ? kSign : 0;
+      y[i] = kept | (sign & has_sign);
+    }
+  } else {
+    // The limit as bfloat16 has it: cut off, to be compared with, or rounded, to become a result.
+    const uint16_t beyond = upper(k.beyond), replaced = k.beyond ? 0xffff : 0;
+    const uint16_t up = sum(upper(bits_of(to_bf16(float_of(k.max)))), -upper(k.max));
+#pragma omp simd
+    for (int i = 0; i < U; ++i) {
+      const uint16_t r = rounded[i], most = kPerLane ? limit[i] : u, own = sum(most, up);
+      const uint16_t above = (own & ~replaced) | (beyond & replaced);
+      const uint16_t past = sum(r, ~most), span = sum(kInf, ~most);  // less most, less one: NaN lies beyond Inf
+      uint16_t kept = past <= span ? above : r;
+      if (kAway) kept = magnitude[i] == kInf ? above : kept;  // with that bit set Inf was a NaN
+      const uint16_t sign = x[i] & kSign, has_sign = K::mirrored || kept ? kSign : 0;
+      y[i] = kept | (sign & has_sign);
+    }
   }
 }
 
@@ -86,7 +98,7 @@ AQN_HD void scaled(float* y, const float* x, const Spacing k, const float* to_el
 #pragma omp simd
   for (int i = 0; i < U; ++i) {
     const float f = kPerLane ? to_element[i] : factor, d = kPerLane ? decode[i] : back;
-    y[i] = (spaced<K>(k, kDivides ? x[i] / f : x[i] * f, 0u, 0u) * d) * t;
+    y[i] = (spaced<K>(k, kDivides ? x[i] / f : x[i] * f, k.low, k.max, 0u) * d) * t;
   }
 }
 
@@ -104,8 +116,8 @@ AQN_HD void scaled(bf16* y, const bf16* x, const Spacing k, const float* to_elem
     const float f = kPerLane ? to_element[2 * i] : factor, g = kPerLane ? to_element[2 * i + 1] : factor;
     const float d = kPerLane ? decode[2 * i] : back, e = kPerLane ? decode[2 * i + 1] : back;
     const float even = float_of(from[i] << 16), odd = float_of(from[i] & 0xffff0000u);
-    const float p = (spaced<K>(k, kDivides ? even / f : even * f, 0u, 0u) * d) * t;
-    const float q = (spaced<K>(k, kDivides ? odd / g : odd * g, 0u, 0u) * e) * t;
+    const float p = (spaced<K>(k, kDivides ? even / f : even * f, k.low, k.max, 0u) * d) * t;
+    const float q = (spaced<K>(k, kDivides ? odd / g : odd * g, k.low, k.max, 0u) * e) * t;
     to[i] = nearest_upper(p) >> 16 | (nearest_upper(q) & 0xffff0000u);
   }
 }
@@ -125,8 +137,8 @@ AQN_HD void reduce_max(uint32_t* to, const uint32_t* from) {
   }
 }
 
-// Largest magnitudes of U values in 16 lanes, or of each pair of bfloat16. Magnitudes stand one bit to the left: a shift
-// drops the sign, and what follows a bfloat16 in its lane decides nothing that is kept.
+// Largest magnitudes of U values in 16 lanes, or of each pair of bfloat16. Magnitudes stand one bit to the left: a
+// shift drops the sign, and what follows a bfloat16 in its lane decides nothing that is kept.
 template <int U>
 AQN_HD void fold(uint32_t* lanes, const float* x) {
   for (int start = 0; start < U; start += 16)

@@ -9,13 +9,19 @@ namespace {
 // n values of a run, each with its own scale.
 template <class T, bool kMeasure>
 void cast_run(Run<T, kMeasure>& run, Way way, const CastConstants& k, const T* from, int n, int64_t offset,
-              const float* to_element, const float* decode, const Bits<T>* shift) {
+              const float* to_element, const float* decode, const Bits<T>* low, const Bits<T>* limit) {
   const Spacing spacing = k.spacing;
   const float t = k.decode();
-  if (way == Way::kDirect) {
+  if (way == Way::kClosed) {
     with_nearest(k.element, [&](auto kind) {
       run.in_units(from, n, [&](T* to, const T* x, int i) {
-        direct<decltype(kind), kUnit, true>(to, x, spacing, shift + i);
+        direct<decltype(kind), kUnit, true, true>(to, x, spacing, low + i, limit + i);
+      });
+    });
+  } else if (way == Way::kDirect) {
+    with_nearest(k.element, [&](auto kind) {
+      run.in_units(from, n, [&](T* to, const T* x, int i) {
+        direct<decltype(kind), kUnit, true, false>(to, x, spacing, low + i, limit + i);
       });
     });
   } else if (way == Way::kScaled && k.scaling.divides()) {
@@ -37,17 +43,25 @@ void cast_run(Run<T, kMeasure>& run, Way way, const CastConstants& k, const T* f
 
 // `blocks` of `units` times U values, each with a scale.
 template <int U, class T>
-void cast_blocks_of(T* out, Way way, const CastConstants& k, const T* x, int blocks, int units,
-                    const float* to_element, const float* decode, const Bits<T>* shift) {
+void cast_blocks_of(T* out, Way way, const CastConstants& k, const T* x, int blocks, int units, const float* to_element,
+                    const float* decode, const Bits<T>* low, const Bits<T>* limit) {
   const Spacing spacing = k.spacing;
   const float t = k.decode();
   const auto each = [&](const auto& body) {
     for (int b = 0, at = 0; b < blocks; ++b)
       for (int u = 0; u < units; ++u, at += U) body(out + at, x + at, b);
   };
-  if (way == Way::kDirect) {
+  if (way == Way::kClosed) {
     with_nearest(k.element, [&](auto kind) {
-      each([&](T* to, const T* from, int b) { direct<decltype(kind), U, false>(to, from, spacing, shift + b); });
+      each([&](T* to, const T* from, int b) {
+        direct<decltype(kind), U, false, true>(to, from, spacing, low + b, limit + b);
+      });
+    });
+  } else if (way == Way::kDirect) {
+    with_nearest(k.element, [&](auto kind) {
+      each([&](T* to, const T* from, int b) {
+        direct<decltype(kind), U, false, false>(to, from, spacing, low + b, limit + b);
+      });
     });
   } else if (k.scaling.divides()) {
     with_even(k.element, [&](auto kind) {
@@ -76,6 +90,8 @@ Stats cast_elements(const CastArgs& a) {
   Lanes<T, kRun> lanes = {};
   std::fill_n(lanes.to_element, kRun, b.to_element);
   std::fill_n(lanes.decode, kRun, k.decode(b));
+  std::fill_n(lanes.low, kRun, narrowed<T>(k.spacing.low));
+  std::fill_n(lanes.limit, kRun, narrowed<T>(k.spacing.max));
   std::vector<Stats> parts(kMeasure ? chunks : 0);
   for_chunks(chunks, a.threads, [&](int64_t c) {
     Sums sums;
@@ -85,9 +101,10 @@ Stats cast_elements(const CastArgs& a) {
       const int n = static_cast<int>(std::min<int64_t>(kRun, last - i));
       const T* from = static_cast<const T*>(a.x) + i;
       if (n == kRun && way != Way::kAny)
-        cast_blocks_of<kUnit>(run.out, way, k, from, 1, kRun / kUnit, lanes.to_element, lanes.decode, lanes.shift);
+        cast_blocks_of<kUnit>(run.out, way, k, from, 1, kRun / kUnit, lanes.to_element, lanes.decode, lanes.low,
+                              lanes.limit);
       else
-        cast_run(run, way, k, from, n, i, lanes.to_element, lanes.decode, lanes.shift);
+        cast_run(run, way, k, from, n, i, lanes.to_element, lanes.decode, lanes.low, lanes.limit);
       run.finish(static_cast<T*>(a.y) + i, from, n, lanes.to_element, sums);
     }
     if (kMeasure) sums.flush(parts[c], last - first);
@@ -96,14 +113,15 @@ Stats cast_elements(const CastArgs& a) {
   return total(parts);
 }
 
-// Whole blocks that follow each other, of a multiple of U and a divisor of kRun: kBatch of them at a time, so that their
-// maxima and scales are found in lanes.
+// Whole blocks that follow each other, of a multiple of U and a divisor of kRun: kBatch of them at a time, so that
+// their maxima and scales are found in lanes.
 template <class T, bool kMeasure, int U>
 Stats cast_whole_blocks(const CastArgs& a) {
-  constexpr int kBatch = 16;
+  constexpr int kBatch = 64, kGroup = 16;
   const CastConstants k(a);
   const int size = a.scaling.columns, units = size / U, per_run = kRun / size;
   const int64_t all = a.batch * (a.wide / size), per_chunk = 16384 / size, chunks = (all + per_chunk - 1) / per_chunk;
+  const Way usual = k.way(a.dtype);
   std::vector<Stats> parts(kMeasure ? chunks : 0);
   for_chunks(chunks, a.threads, [&](int64_t c) {
     Sums sums;
@@ -117,13 +135,12 @@ Stats cast_whole_blocks(const CastArgs& a) {
       alignas(64) uint32_t amax[kBatch] = {};
       alignas(64) float stored[kBatch];
       Lanes<T, kBatch> own;
-      if (batch == kBatch)
-        block_maxima<T, kBatch, U>(amax, from, units);
-      else
-        for (int b = 0; b < batch; ++b) block_maxima<T, 1, U>(amax + b, from + b * size, units);
+      int b = 0;
+      for (; b + kGroup <= batch; b += kGroup) block_maxima<T, kGroup, U>(amax + b, from + b * size, units);
+      for (; b < batch; ++b) block_maxima<T, 1, U>(amax + b, from + b * size, units);
       k.block_scales(own.to_element, own.decode, stored, amax, kBatch);
       if (a.scales) std::copy_n(stored, batch, static_cast<float*>(a.scales) + i);
-      const Way way = k.way_of<T>(a.dtype, own.shift, stored, amax, kBatch);
+      const Way way = k.way_of(usual, own, stored, amax, kBatch);
       for (int done = 0; done < batch; done += per_run) {
         const int blocks = std::min(per_run, batch - done), n = blocks * size;
         const T* x = from + done * size;
@@ -135,8 +152,8 @@ Stats cast_whole_blocks(const CastArgs& a) {
         if (way == Way::kAny)
           run.scale(x, n, (i + done) * size, lanes.to_element, lanes.decode);
         else
-          cast_blocks_of<U>(run.out, way, k, x, blocks, units, own.to_element + done, own.decode + done,
-                            own.shift + done);
+          cast_blocks_of<U>(run.out, way, k, x, blocks, units, own.to_element + done, own.decode + done, own.low + done,
+                            own.limit + done);
         run.finish(to + done * size, x, n, lanes.to_element, sums);
       }
     }
@@ -178,11 +195,11 @@ void tile_maxima(uint32_t* amax, const T* from, int64_t step, int height, int wi
   std::fill_n(columns, held, 0);
   for (int r = 0; r < height; ++r)
     for (int start = 0; start < width; start += kWide) {
-      const auto* x = reinterpret_cast<const Bits<T>*>(from + r * step + start);
+      const T* x = from + r * step + start;
       const int n = std::min(kWide, width - start);
 #pragma omp simd
       for (int i = 0; i < n; ++i) {
-        const Bits<T> m = x[i] & kAbs, counts = m <= largest ? m : 0;
+        const Bits<T> m = own_bits(x[i]) & kAbs, counts = m <= largest ? m : 0;
         columns[i] = std::max(columns[i], counts);
       }
     }
@@ -203,9 +220,11 @@ void tile_maxima(uint32_t* amax, const T* from, int64_t step, int height, int wi
 // value[i / across], as far as the lanes reach.
 template <class V>
 void spread(V* lanes, const V* values, int n, int across) {
-  if (across == 1) std::copy_n(values, n, lanes);
+  if (across == 1)
+    std::copy_n(values, n, lanes);
   else
-    for (int first = 0, b = 0; first < n; first += across, ++b) std::fill(lanes + first, lanes + std::min(n, first + across), values[b]);
+    for (int first = 0, b = 0; first < n; first += across, ++b)
+      std::fill(lanes + first, lanes + std::min(n, first + across), values[b]);
 }
 
 // Blocks of any shape that lie in a matrix as tiles: a tile's columns have running maxima, and each column its scale.
@@ -218,6 +237,7 @@ Stats cast_bands(const CastArgs& a) {
   const int64_t blocks_across = (m.inner + m.across - 1) / m.across, all = m.batch * bands * tiles;
   const int64_t per_chunk = std::max<int64_t>(1, 16384 / (m.down * std::min(full, m.inner)));
   const int64_t chunks = (all + per_chunk - 1) / per_chunk;
+  const Way usual = k.way(a.dtype);
   std::vector<Stats> parts(kMeasure ? chunks : 0);
   for_chunks(chunks, a.threads, [&](int64_t c) {
     Sums sums;
@@ -237,16 +257,20 @@ Stats cast_bands(const CastArgs& a) {
       if (a.scales)
         std::copy_n(stored, blocks,
                     static_cast<float*>(a.scales) + (batch * bands + band) * blocks_across + column / m.across);
-      const Way way = k.way_of<T>(a.dtype, own.shift, stored, amax, blocks);
+      const Way way = k.way_of(usual, own, stored, amax, blocks);
       spread(lanes.to_element, own.to_element, held, across);
       spread(lanes.decode, own.decode, held, across);
-      if (way == Way::kDirect) spread(lanes.shift, own.shift, held, across);
+      if (way == Way::kClosed || way == Way::kDirect) {
+        spread(lanes.low, own.low, held, across);
+        spread(lanes.limit, own.limit, held, across);
+      }
       for (int r = 0; r < height; ++r)
         for (int start = 0; start < width; start += kRun) {
           const int n = std::min(kRun, width - start), lane = start % kWide;
           const int64_t offset = at + r * m.inner + start;
           const T* from = static_cast<const T*>(a.x) + offset;
-          cast_run(run, way, k, from, n, offset, lanes.to_element + lane, lanes.decode + lane, lanes.shift + lane);
+          cast_run(run, way, k, from, n, offset, lanes.to_element + lane, lanes.decode + lane, lanes.low + lane,
+                   lanes.limit + lane);
           run.finish(static_cast<T*>(a.y) + offset, from, n, lanes.to_element + lane, sums);
         }
       count += static_cast<int64_t>(height) * width;

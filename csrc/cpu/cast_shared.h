@@ -8,22 +8,22 @@
 namespace aqn::cpu::AQN_ISA {
 namespace {
 
-constexpr int kRun = 512;   // values at a time: what they need stays in the first cache
-constexpr int kUnit = 32;   // and in the loops of cast_direct.h
+constexpr int kRun = 512;  // values at a time: what they need stays in the first cache
+constexpr int kUnit = 32;  // and in the loops of cast_direct.h
 
 // ---- largest magnitude ---------------------------------------------------------------------------------------------
 
 template <class T>
 float amax_typed(const T* x, int64_t n, int threads) {
   constexpr int64_t kChunk = 65536;
+  constexpr Bits<T> kAbs = static_cast<Bits<T>>(~0u) >> 1;
   const int64_t chunks = (n + kChunk - 1) / kChunk;
   std::vector<uint32_t> parts(chunks, 0);
   for_chunks(chunks, threads, [&](int64_t c) {
     const int64_t last = std::min(n, (c + 1) * kChunk);
-    const Bits<T>* bits = reinterpret_cast<const Bits<T>*>(x);
     Bits<T> m = 0;
 #pragma omp simd reduction(max : m)
-    for (int64_t i = c * kChunk; i < last; ++i) m = std::max<Bits<T>>(m, bits[i] & (static_cast<Bits<T>>(~0u) >> 1));
+    for (int64_t i = c * kChunk; i < last; ++i) m = std::max<Bits<T>>(m, own_bits(x[i]) & kAbs);
     parts[c] = static_cast<uint32_t>(m) << (32 - 8 * sizeof(T));
   });
   uint32_t m = 0;
@@ -77,20 +77,32 @@ AQN_HD void with_kind(const Element& f, const Body& body) {
   return is_mirrored(f) ? body(Kind<R::kStochastic, false, true>()) : body(Kind<R::kStochastic, false, false>());
 }
 
-// How the values of a format are brought to it: rounded where they are, scaled by one loop, or by arrays.
-enum class Way { kDirect, kScaled, kAny };
+// How the values of a format are brought to it: rounded where they are, in a range that is closed or not, scaled by one
+// loop, or by arrays.
+enum class Way { kClosed, kDirect, kScaled, kAny };
 
-// The shifts of the scales of n blocks; false where one of them leaves fp32's normal range. Zeros round to zeros with
-// any scale.
-template <class T>
-bool shifts_of(Bits<T>* shift, const float* scales, const uint32_t* amax, int n, const Spacing k) {
+// The scales of neighbours, each its block's, and what they make of the smallest normal number and the limit of a
+// direct rounding.
+template <class T, int N>
+struct Lanes {
+  alignas(64) float to_element[N], decode[N];
+  alignas(64) Bits<T> low[N], limit[N];
+};
+
+// Fills low and limit for n powers of two; false where one leaves the range. Zeros round to zeros with any scale,
+// unless what did not count towards it is beside them.
+template <class T, int N>
+bool scaled_limits(Lanes<T, N>& lanes, const float* scales, const uint32_t* amax, int n, const Spacing k,
+                   bool finite_only) {
+  const uint32_t zero = finite_only ? ~0u : 0u;
+  const uint32_t least = k.least_scale(), span = k.largest_scale() - least;
   uint32_t outside = 0;
 #pragma omp simd reduction(| : outside)
   for (int i = 0; i < n; ++i) {
-    const uint32_t s = amax[i] == 0 ? bits_of(1.0f) : bits_of(scales[i]);
-    const int exponent = static_cast<int>(s >> 23) - 127;
-    outside |= truth(exponent < -126) | truth(exponent > 127) | (k.allows(exponent) ? 0u : 1u);
-    shift[i] = shift_of<T>(float_of(s));
+    const uint32_t scale = amax[i] == zero ? Spacing::kOne : bits_of(scales[i]), shift = scale - Spacing::kOne;
+    outside |= truth(scale - least > span);
+    lanes.low[i] = narrowed<T>(k.low + shift);
+    lanes.limit[i] = narrowed<T>(k.max + shift);
   }
   return outside == 0;
 }
@@ -98,7 +110,7 @@ bool shifts_of(Bits<T>* shift, const float* scales, const uint32_t* amax, int n,
 struct CastConstants {
   Element element;
   Spacing spacing;
-  bool by_addition;
+  bool by_addition, is_closed;
   Rounder e4m3;
   Scaling scaling;
   TensorScale tensor;
@@ -110,6 +122,8 @@ struct CastConstants {
       : element(a.element),
         spacing(a.element),
         by_addition(rounds_by_addition(a.element)),
+        is_closed(a.element.overflow == Overflow::kSaturate && a.element.max == a.element.max_negative &&
+                  !a.scaling.finite_only),
         e4m3(e4m3_rounder()),
         scaling(a.scaling),
         tensor(a.scaling, a.tensor_amax),
@@ -129,11 +143,12 @@ struct CastConstants {
     return element.rounding == Rounding::kNearestEven ? Way::kScaled : Way::kAny;
   }
 
-  // The same for blocks with these scales, of which it makes the shifts.
-  template <class T>
-  Way way_of(Dtype dtype, Bits<T>* shift, const float* scales, const uint32_t* amax, int n) const {
-    const Way w = way(dtype);
-    if (w != Way::kDirect || shifts_of<T>(shift, scales, amax, n, spacing)) return w;
+  // The same for n blocks of a format that goes by `way`.
+  template <class T, int N>
+  Way way_of(Way way, Lanes<T, N>& lanes, const float* scales, const uint32_t* amax, int n) const {
+    if (way != Way::kDirect) return way;
+    if (scaled_limits(lanes, scales, amax, n, spacing, scaling.finite_only))
+      return is_closed ? Way::kClosed : Way::kDirect;
     return element.rounding == Rounding::kNearestEven ? Way::kScaled : Way::kAny;
   }
 
@@ -160,9 +175,7 @@ struct CastConstants {
     if (k.rule == Scale::kPowerOfTwo) {
       in_all([=](uint32_t m) { return e8m0_scale(k, m); });
     } else if (k.rule == Scale::kTwoLevel) {
-      in_all([=](uint32_t m) {
-        return two_level_scale(t, e4m3_round, float_of(m) * (t.encode * (1.0f / 6.0f)));
-      });
+      in_all([=](uint32_t m) { return two_level_scale(t, e4m3_round, float_of(m) * (t.encode * (1.0f / 6.0f))); });
     } else if (k.has_tensor_scale()) {
       in_all([=](uint32_t m) { return nvfp4_scale(k, t, e4m3_round, float_of(m)); });
     } else {
@@ -196,10 +209,10 @@ template <class K>
 void space_loop(float* y, const float* x, const uint32_t* words, int n, const Spacing k) {
   if constexpr (K::rounding == Rounding::kStochastic) {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) y[i] = spaced<K>(k, x[i], 0u, words[i]);
+    for (int i = 0; i < n; ++i) y[i] = spaced<K>(k, x[i], k.low, k.max, words[i]);
   } else {
 #pragma omp simd
-    for (int i = 0; i < n; ++i) y[i] = spaced<K>(k, x[i], 0u, 0u);
+    for (int i = 0; i < n; ++i) y[i] = spaced<K>(k, x[i], k.low, k.max, 0u);
   }
 }
 
@@ -264,13 +277,6 @@ void words_of(uint32_t* words, const Draws& d, int64_t offset, int n) {
 }
 
 // ---- a run of values -----------------------------------------------------------------------------------------------
-
-// The scales of neighbours, each its block's.
-template <class T, int N>
-struct Lanes {
-  alignas(64) float to_element[N], decode[N];
-  alignas(64) Bits<T> shift[N];  // where values are rounded directly
-};
 
 // Up to kRun neighbours: what becomes of them, and what that measures.
 template <class T, bool kMeasure>

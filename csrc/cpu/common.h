@@ -96,7 +96,8 @@ AQN_HD void copy_out(void* to, const void* from, size_t bytes, bool past_caches)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
 #else
       for (int i = 0; i < 64; i += 16)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
 #endif
     }
     to = out;
