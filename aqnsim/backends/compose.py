@@ -6,6 +6,7 @@ results, what it measured of its own effect: a row of STATS for each stream of e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _OTHER, _FIRST, _ERROR, _CAST = range(4)  # the four streams of a direction
 Cast = Callable[..., tuple[Tensor, Tensor]]
 Perturb = Callable[..., tuple[Tensor, Tensor]]
 Gemm = Callable[[Tensor, Tensor, str], Tensor]
+Finish = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _rows_2d(x: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ def _no_stats(like: Tensor, streams: int = 4) -> Tensor:
 
 
 def _check_rows(rows: Tensor | None, x: Tensor) -> None:
-    count = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    count = math.prod(x.shape[:-1])
     if rows is not None and rows.shape[0] != count:
         raise ConfigError(
             f"{rows.shape[0]} logical rows are set but the op has {count}; it runs on other "
@@ -63,8 +65,9 @@ def _stored(
     y, hits, expected = faulty_cast(
         x, fmt, axis, target=fault.target, rate=fault.rate, bit=bit, key=drawn, step=word, rows=rows
     )
-    _as_stored(stats, x, y)
-    stats[STATS.index("hits")], stats[STATS.index("expected_hits")] = hits, expected
+    if measure:
+        _as_stored(stats, x, y)
+        stats[STATS.index("hits")], stats[STATS.index("expected_hits")] = hits, expected
     return y, stats
 
 
@@ -186,8 +189,44 @@ class _Direction:
         return y.to(dtype)
 
 
-def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable[..., Any]]:
-    """The emulated ops from a backend's primitives."""
+def finished(cast: Cast, perturb: Perturb) -> Finish:
+    """How a result leaves an op, from a backend's primitives; a fused kernel is by definition equal to it."""
+
+    def finish(
+        x: Tensor,
+        error: str,
+        output: str,
+        dtype: torch.dtype,
+        keys: Sequence[int],
+        clock: Tensor,
+        rows: Tensor | None,
+        measure: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` after its error and its cast along the last axis, in ``dtype``; a row of STATS for each of the two.
+
+        Args:
+            error, output: empty for none.
+            keys: of the error and of the cast.
+        """
+        stats = _no_stats(x, 2)
+        if error:
+            x, stats[0] = perturb(x, error, keys[0], clock, rows, None, None if output else dtype, measure)
+        if output:
+            x, stats[1] = _stored(cast, x, output, -1, keys[1], clock, rows, measure)
+        return x.to(dtype), stats
+
+    return finish
+
+
+def compositions(
+    cast: Cast, perturb: Perturb, gemm: Gemm, finish: Finish | None = None
+) -> dict[str, Callable[..., Any]]:
+    """The emulated ops from a backend's primitives.
+
+    Args:
+        finish: a kernel for :func:`finished`.
+    """
+    finish = finish or finished(cast, perturb)
 
     def direction(part: Any, keys: Sequence[int], clock: Tensor) -> _Direction:
         return _Direction(cast, perturb, gemm, part, keys, clock)
@@ -308,18 +347,18 @@ def compositions(cast: Cast, perturb: Perturb, gemm: Gemm) -> dict[str, Callable
     def stage(
         x: Tensor, steps: list[str], dtype: torch.dtype, keys: list[int], clock: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        stats, output, given = _no_stats(x, 3), steps[2], x
-        for i, text in enumerate(steps):
-            if not text:
-                continue
-            if i == 1:
-                _check_rows(rows, x)
-                stored = None if output else dtype
-                x, stats[1] = perturb(x, text, keys[1], clock, rows, None, stored, True)
-            else:
-                x, stats[i] = _stored(cast, x, text, -1, keys[i], clock, rows)
-        x = x.to(dtype)
-        return (x.clone() if x is given else x), stats  # an op's result is a tensor of its own
+        stats, y = _no_stats(x, 3), x
+        given, error, output = steps
+        if error:
+            _check_rows(rows, x)
+        if given:
+            between = x.dtype if error or output else dtype
+            y, row = finish(x, "", given, between, [keys[0]] * 2, clock, rows, True)
+            stats[0] = row[1]
+        if error or output:
+            y, stats[1:] = finish(y, error, output, dtype, keys[1:], clock, rows, True)
+        y = y.to(dtype)
+        return (y.clone() if y is x else y), stats  # an op's result is a tensor of its own
 
     return {
         "linear": linear,

@@ -2,13 +2,12 @@
 // the inner loops: fixed trip counts over small local arrays, no branches on data.
 #include "kernels.h"
 
-#include "cast.h"
+#include "finish.h"
 #include "gemm.h"
-#include "perturb.h"
 
 namespace aqn::cpu::AQN_ISA {
 
 extern const Kernels table;
-const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm};
+const Kernels table = {AQN_ISA_NAME, cast, perturb, finish, amax, normal, random_words, gemm};
 
 }  // namespace aqn::cpu::AQN_ISA
