@@ -1,4 +1,4 @@
-"""``python -m benchmarks cast | step | train``: print a table; ``--json FILE`` keeps it with the environment."""
+"""``python -m benchmarks cast | leave | step | train``: print a table; ``--json FILE`` keeps it and the environment."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import aqnsim
-from benchmarks import cast, step, train
+from benchmarks import cast, leave, step, train
 
-SUITES = {"cast": cast.rows, "step": step.rows, "train": train.rows}
+SUITES = {"cast": cast.rows, "leave": leave.rows, "step": step.rows, "train": train.rows}
 
 
 def environment() -> dict[str, Any]:

@@ -51,11 +51,11 @@ def into(out: Tensor, x: Tensor, name: str) -> Callable[[], object]:
     return lambda: cpu._run_cast(x, out, None, name, -1, cpu._random_words(x, name, 0, STEP, None), False)
 
 
-def perturb_into(out: Tensor, x: Tensor) -> Callable[[], object]:
+def perturb_into(out: Tensor, x: Tensor, measure: bool = False) -> Callable[[], object]:
     code = cpu._DTYPES[x.dtype]
     rows, columns = x.shape
     model = cpu._error_model(RelativeGaussian(0.05), 0, 1, 1, out.dtype == torch.bfloat16)
-    arguments = (code, code, rows, columns, 0, False, 0, [model], False, torch.get_num_threads())
+    arguments = (code, code, rows, columns, 0, False, 0, [model], measure, torch.get_num_threads())
     return lambda: _core.perturb(x.data_ptr(), out.data_ptr(), *arguments)
 
 
@@ -70,6 +70,7 @@ def rows(repeats: int) -> list[dict[str, Any]]:
         candidates: dict[str, Callable[[], object]] = {"copy_": lambda out=out, x=x: out.copy_(x)}  # type: ignore[misc]
         candidates |= {f"cast {name}": into(out, x, name) for name in FORMATS}
         candidates["perturb relative-gaussian"] = perturb_into(out, x)
+        candidates["perturb relative-gaussian, measured"] = perturb_into(out, x, measure=True)
         seconds = alternate(candidates, repeats)
         for name, s in seconds.items():
             table.append(
