@@ -12,7 +12,7 @@ import torch
 import aqnsim
 from aqnsim import backends
 from aqnsim.backends.compose import compositions
-from aqnsim.backends.cpu import missed
+from aqnsim.backends.cpu import finish, missed
 from aqnsim.profiles import Profile, Rule
 from benchmarks.kernels import Setting
 from benchmarks.products import SPEC
@@ -77,7 +77,7 @@ def _unmeasured() -> str:
         def quiet(op: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args: op(*args[:-1], False)
 
-        ops = {**cpu, **compositions(quiet(cpu["cast"]), quiet(cpu["perturb"]), cpu["gemm"], quiet(missed))}
+        ops = {**cpu, **compositions(quiet(cpu["cast"]), quiet(cpu["perturb"]), cpu["gemm"], quiet(missed), quiet(finish))}
         backends.register(backends.Backend(name=name, devices=("cpu",), ops=ops))
     return name
 

@@ -53,9 +53,8 @@ StatsArray cast(uintptr_t x, uintptr_t y, uintptr_t scales, const DrawsTuple& dr
   return as_array(cpu::kernels().cast(a, measure));
 }
 
-StatsArray perturb(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int64_t rows, int64_t columns,
-                   uintptr_t row_ids, bool pairs, uintptr_t magnitude, const std::vector<ErrorModel>& models,
-                   bool measure, int threads) {
+cpu::PerturbArgs perturb_args(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int64_t rows, int64_t columns,
+                              uintptr_t row_ids, bool pairs, const std::vector<ErrorModel>& models, int threads) {
   cpu::PerturbArgs a;
   a.y = at<const void>(y);
   a.out = at<void>(out);
@@ -64,12 +63,35 @@ StatsArray perturb(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int6
   a.rows = rows;
   a.columns = columns;
   a.row_ids = {at<const int64_t>(row_ids), pairs};
-  a.magnitude = at<const float>(magnitude);
+  a.magnitude = nullptr;
   a.models = models.data();
   a.models_count = static_cast<int>(models.size());
   a.threads = threads;
+  return a;
+}
+
+StatsArray perturb(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int64_t rows, int64_t columns,
+                   uintptr_t row_ids, bool pairs, uintptr_t magnitude, const std::vector<ErrorModel>& models,
+                   bool measure, int threads) {
+  cpu::PerturbArgs a = perturb_args(y, out, in_dtype, out_dtype, rows, columns, row_ids, pairs, models, threads);
+  a.magnitude = at<const float>(magnitude);
   py::gil_scoped_release release;
   return as_array(cpu::kernels().perturb(a, measure));
+}
+
+std::array<StatsArray, 2> finish(uintptr_t y, uintptr_t out, int in_dtype, int out_dtype, int64_t rows, int64_t columns,
+                                 uintptr_t row_ids, bool pairs, const std::vector<ErrorModel>& models,
+                                 const Element& element, const Scaling& scaling, bool measure, int threads) {
+  cpu::FinishArgs f = {};
+  f.perturb = perturb_args(y, out, in_dtype, out_dtype, rows, columns, row_ids, pairs, models, threads);
+  f.cast.dtype = f.perturb.in_dtype;
+  f.cast.high = 1;
+  f.cast.element = element;
+  f.cast.scaling = scaling;
+  f.cast.threads = 1;
+  py::gil_scoped_release release;
+  const cpu::Finished done = cpu::kernels().finish(f, measure);
+  return {as_array(done.error), as_array(done.cast)};
 }
 
 void gemm(uintptr_t a, uintptr_t b, uintptr_t out, int dtype, std::array<int64_t, 4> shape,
@@ -260,6 +282,7 @@ PYBIND11_MODULE(_core, m) {
            py::kw_only(), "kind"_a, "key"_a, "hit_key"_a, "word"_a, "last_hit"_a, "a"_a, "b"_a, "by_magnitude"_a,
            "lanes"_a, "bit"_a, "low_bit"_a);
   m.def("perturb", &perturb);
+  m.def("finish", &finish);
   m.def("gemm", &gemm);
   m.def("product", &product);
   m.def("has_product", [] { return cpu::kernels().product != nullptr; });

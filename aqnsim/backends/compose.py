@@ -32,6 +32,7 @@ Cast = Callable[..., tuple[Tensor, Tensor]]
 Perturb = Callable[..., tuple[Tensor, Tensor]]
 Gemm = Callable[[Tensor, Tensor, str], Tensor]
 Missed = Callable[..., tuple[Tensor, Tensor]]
+Finish = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _rows_2d(x: Tensor) -> Tensor:
@@ -68,8 +69,9 @@ def _stored(
     y, hits, expected = faulty_cast(
         x, fmt, axis, target=fault.target, rate=fault.rate, bit=bit, key=drawn, step=word, rows=rows
     )
-    _as_stored(stats, x, y)
-    stats[STATS.index("hits")], stats[STATS.index("expected_hits")] = hits, expected
+    if measure:
+        _as_stored(stats, x, y)
+        stats[STATS.index("hits")], stats[STATS.index("expected_hits")] = hits, expected
     return y, stats
 
 
@@ -214,15 +216,46 @@ class _Direction:
         return y.to(dtype)
 
 
+def finished(cast: Cast, perturb: Perturb) -> Finish:
+    """How a result leaves an op, from a backend's primitives; a fused kernel is by definition equal to it."""
+
+    def finish(
+        x: Tensor,
+        error: str,
+        output: str,
+        dtype: torch.dtype,
+        keys: Sequence[int],
+        clock: Tensor,
+        rows: Tensor | None,
+        measure: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` after its error and its cast along the last axis, in ``dtype``; a row of STATS for each of the two.
+
+        Args:
+            error, output: empty for none.
+            keys: of the error and of the cast.
+        """
+        stats = _no_stats(x, 2)
+        if error:
+            x, stats[0] = perturb(x, error, keys[0], clock, rows, None, None if output else dtype, measure)
+        if output:
+            x, stats[1] = _stored(cast, x, output, -1, keys[1], clock, rows, measure)
+        return x.to(dtype), stats
+
+    return finish
+
+
 def compositions(
-    cast: Cast, perturb: Perturb, gemm: Gemm, missed: Missed | None = None
+    cast: Cast, perturb: Perturb, gemm: Gemm, missed: Missed | None = None, finish: Finish | None = None
 ) -> dict[str, Callable[..., Any]]:
     """The emulated ops from a backend's primitives.
 
     Args:
         missed: a kernel for :func:`missed_product`.
+        finish: a kernel for :func:`finished`.
     """
     missed = missed or missed_product(gemm, perturb)
+    finish = finish or finished(cast, perturb)
 
     def direction(part: Any, keys: Sequence[int], clock: Tensor) -> _Direction:
         return _Direction(cast, gemm, missed, part, keys, clock)
@@ -343,18 +376,18 @@ def compositions(
     def stage(
         x: Tensor, steps: list[str], dtype: torch.dtype, keys: list[int], clock: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        stats, output, given = _no_stats(x, 3), steps[2], x
-        for i, text in enumerate(steps):
-            if not text:
-                continue
-            if i == 1:
-                _check_rows(rows, x)
-                stored = None if output else dtype
-                x, stats[1] = perturb(x, text, keys[1], clock, rows, None, stored, True)
-            else:
-                x, stats[i] = _stored(cast, x, text, -1, keys[i], clock, rows)
-        x = x.to(dtype)
-        return (x.clone() if x is given else x), stats  # an op's result is a tensor of its own
+        stats, y = _no_stats(x, 3), x
+        given, error, output = steps
+        if error:
+            _check_rows(rows, x)
+        if given:
+            between = x.dtype if error or output else dtype
+            y, row = finish(x, "", given, between, [keys[0]] * 2, clock, rows, True)
+            stats[0] = row[1]
+        if error or output:
+            y, stats[1:] = finish(y, error, output, dtype, keys[1:], clock, rows, True)
+        y = y.to(dtype)
+        return (y.clone() if y is x else y), stats  # an op's result is a tensor of its own
 
     def cast_out(x: Tensor, *args: Any) -> None:
         *given, out = args

@@ -23,7 +23,7 @@ from aqnsim.backends.checks import (
     perturb_stats,
     shape_in_rows,
 )
-from aqnsim.backends.compose import compositions, missed_product
+from aqnsim.backends.compose import compositions, finished, missed_product
 from aqnsim.backends.fields import (
     KINDS,
     accumulator_fields,
@@ -45,6 +45,7 @@ from aqnsim.packing import (
     packed_shape,
     stored_scales,
 )
+from aqnsim.profiles.spec import operand
 from aqnsim.receipts import STATS
 from aqnsim.rng import coordinates
 
@@ -344,6 +345,55 @@ def perturb(
     return out, _stats(stats, measure, models)
 
 
+_finished = finished(cast, perturb)
+
+
+def finish(
+    x: Tensor,
+    error: str,
+    output: str,
+    dtype: torch.dtype,
+    keys: Sequence[int],
+    step: Tensor,
+    rows: Tensor | None,
+    measure: bool,
+) -> tuple[Tensor, Tensor]:
+    """``compose.finished`` in one pass over memory, where a block of the format needs no other than itself."""
+    if not output or not _casts_lines(output) or {x.dtype, dtype} - set(_DTYPES):
+        return _finished(x, error, output, dtype, keys, step, rows, measure)
+    x, clock = x.contiguous(), int(step)
+    out = torch.empty_like(x, dtype=dtype)
+    rows = check_rows("perturb", x, rows) if error else None
+    models = check_chain(error, x, None, x.dtype)[0] if error else ()
+    plan = _plan(operand(output)[0])
+    missed, held = _core.finish(
+        x.data_ptr(),
+        out.data_ptr(),
+        _DTYPES[x.dtype],
+        _DTYPES[dtype],
+        *shape_in_rows(x),
+        *_row_ids(rows),
+        [_error_model(m, i, keys[0], clock, x.dtype == torch.bfloat16) for i, m in enumerate(models)],
+        plan.element,
+        plan.scaling,
+        measure,
+        _threads(x),
+    )
+    return out, torch.stack([_stats(missed, measure and bool(error), models), _stats(held, measure)])
+
+
+@lru_cache(maxsize=1024)
+def _casts_lines(text: str) -> bool:
+    """Whether each line of a tensor can be cast for itself: nothing is drawn, and no scale sees more than its block."""
+    name, fault = operand(text)
+    fmt = get(name)
+    if fault is not None or random_bits(fmt):
+        return False
+    if not isinstance(fmt, BlockFormat):
+        return True
+    return not _plan(name).needs_amax and (fmt.tile is None or fmt.tile[0] == 1)
+
+
 @lru_cache(maxsize=1024)
 def _accumulator(text: str) -> object:
     return _core.Accumulator(**accumulator_fields(text))
@@ -416,7 +466,7 @@ BACKEND = register(
             "dequantize_out": dequantize_out,
             "perturb": perturb,
             "gemm": gemm,
-            **compositions(cast, perturb, gemm, missed),
+            **compositions(cast, perturb, gemm, missed, finish),
         },
     )
 )

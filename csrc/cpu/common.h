@@ -42,19 +42,21 @@ struct Sums {
   }
 };
 
+inline void add(Stats& t, const Stats& p) {
+  t.count += p.count;
+  t.changed += p.changed;
+  t.error2 += p.error2;
+  t.reference2 += p.reference2;
+  t.injected2 += p.injected2;
+  t.injected_n += p.injected_n;
+  t.saturated += p.saturated;
+  t.nonfinite += p.nonfinite;
+  t.hits += p.hits;
+}
+
 Stats total(const std::vector<Stats>& parts) {
   Stats t;
-  for (const Stats& p : parts) {
-    t.count += p.count;
-    t.changed += p.changed;
-    t.error2 += p.error2;
-    t.reference2 += p.reference2;
-    t.injected2 += p.injected2;
-    t.injected_n += p.injected_n;
-    t.saturated += p.saturated;
-    t.nonfinite += p.nonfinite;
-    t.hits += p.hits;
-  }
+  for (const Stats& p : parts) add(t, p);
   return t;
 }
 

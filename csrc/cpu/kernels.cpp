@@ -2,14 +2,14 @@
 // the inner loops: fixed trip counts over small local arrays, no branches on data.
 #include "kernels.h"
 
-#include "cast.h"
+#include "finish.h"
 #include "gemm.h"
 #include "pack.h"
-#include "perturb.h"
 
 namespace aqn::cpu::AQN_ISA {
 
 extern const Kernels table;
-const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm, pack, encode, unpack, nullptr};
+const Kernels table = {AQN_ISA_NAME, cast, perturb, finish, amax,   normal,
+                       random_words, gemm, pack,    encode, unpack, nullptr};
 
 }  // namespace aqn::cpu::AQN_ISA

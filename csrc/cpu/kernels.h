@@ -69,6 +69,16 @@ struct PerturbArgs {
   int threads;
 };
 
+// A perturbation, of no models or more and without a magnitude, then a cast along the last axis in the dtype of y, then
+// the conversion to that of out. Of `cast` only the format counts.
+struct FinishArgs {
+  PerturbArgs perturb;
+  CastArgs cast;
+};
+struct Finished {
+  Stats error, cast;
+};
+
 // Contiguous [batch, m, k] and [batch, k, n] to fp32 [batch, m, n].
 struct GemmArgs {
   const void *a, *b;
@@ -139,6 +149,7 @@ struct Kernels {
   const char* isa;
   Stats (*cast)(const CastArgs&, bool measure);
   Stats (*perturb)(const PerturbArgs&, bool measure);
+  Finished (*finish)(const FinishArgs&, bool measure);
   float (*amax)(const void* x, Dtype, int64_t n, int threads);
   void (*normal)(float* out, int64_t rows, int64_t columns, uint64_t key, uint32_t word);
   void (*random_words)(uint32_t* out, const RowIds&, int64_t rows, int64_t columns, uint64_t key, uint32_t word,

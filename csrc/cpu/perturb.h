@@ -44,15 +44,15 @@ AQN_HD void for_tiles(uint64_t row, int64_t column, int64_t n, const Body& body)
         Tile{row, column + start, start, start < 0 ? shift : 0, static_cast<int>(std::min<int64_t>(kTile, n - start))});
 }
 
-// A [rows, columns] matrix in lines: parts of rows of a fixed length, so that sums over a chunk of lines depend on the
-// shape alone.
+// A contiguous [rows, columns] matrix in lines: rows, or parts of them of a fixed length, so that sums over a chunk of
+// lines depend on the shape alone. The lines of a chunk follow each other in memory.
 class Lines {
  public:
   static constexpr int64_t kLine = 4096, kChunk = 8192;
 
-  Lines(int64_t rows, int64_t columns)
-      : columns_(columns), per_row_((columns + kLine - 1) / kLine), count_(rows * per_row_) {
-    per_chunk_ = per_row_ == 1 ? std::max<int64_t>(1, kChunk / columns) : kChunk / kLine;
+  Lines(int64_t rows, int64_t columns, int64_t line = kLine)
+      : columns_(columns), line_(line), per_row_((columns + line - 1) / line), count_(rows * per_row_) {
+    per_chunk_ = std::max<int64_t>(1, kChunk / std::min(columns, line));
     chunks = (count_ + per_chunk_ - 1) / per_chunk_;
   }
   int64_t chunks = 0;
@@ -62,13 +62,24 @@ class Lines {
   void for_each(int64_t chunk, const Body& body) const {
     const int64_t last = std::min(count_, (chunk + 1) * per_chunk_);
     for (int64_t i = chunk * per_chunk_; i < last; ++i) {
-      const int64_t column = (i % per_row_) * kLine;
-      body(i / per_row_, column, std::min(kLine, columns_ - column));
+      const int64_t column = (i % per_row_) * line_;
+      body(i / per_row_, column, std::min(line_, columns_ - column));
     }
   }
 
+  // Where a chunk stands in memory.
+  struct Range {
+    int64_t at, count;
+  };
+  Range range(int64_t chunk) const {
+    const int64_t from = start(chunk * per_chunk_), to = start(std::min(count_, (chunk + 1) * per_chunk_));
+    return {from, to - from};
+  }
+
  private:
-  int64_t columns_, per_row_, count_, per_chunk_ = 0;
+  int64_t start(int64_t line) const { return line / per_row_ * columns_ + line % per_row_ * line_; }
+
+  int64_t columns_, line_, per_row_, count_, per_chunk_ = 0;
 };
 
 // Logical row and first column of a row of a matrix.
@@ -142,9 +153,9 @@ AQN_HD void measure_perturb(const float* before, const float* after, const float
     const bool sound = is_finite(y) & is_finite(u) & (u != 0.0f);
     const float share = (after[i] - y) / (sound ? u : 1.0f);
     const bool measurable = sound & is_finite(share);
-    const double half = comparable ? 0.5f * held - 0.5f * was : 0.0f;  // of the error, which may exceed fp32
+    const double to = comparable ? held : 0.0f, from = comparable ? was : 0.0f, error = to - from;
     const double reference = finite ? y : 0.0f, injected = measurable ? share : 0.0f;
-    sums.error2[lane] += 4 * half * half;
+    sums.error2[lane] += error * error;
     sums.reference2[lane] += reference * reference;
     sums.injected2[lane] += injected * injected;
     sums.injected_n[lane] += measurable ? 1 : 0;
