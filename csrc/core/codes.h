@@ -38,7 +38,7 @@ AQN_HD uint32_t hif8_code_of(uint32_t magnitude) {
   const int exponent = static_cast<int>(magnitude >> 23) - 127;
   const uint32_t negative = truth(exponent < 0);
   const uint32_t size = static_cast<uint32_t>(negative ? -exponent : exponent);
-  const uint32_t width = size >= 8u ? 3u : (size >= 4u ? 2u : 1u);  // of the exponent's bits below its leading 1
+  const uint32_t width = 1u + truth(size >= 4u) + truth(size >= 8u);  // of the exponent's bits below its leading 1
   const uint32_t fraction = (magnitude & 0x007fffffu) >> (19u + width);
   const uint32_t wide = width << 5 | negative << 4 | (size & ((1u << width) - 1u)) << (4u - width) | fraction;
   const uint32_t narrow = (size == 0u ? 8u : 16u | negative << 3) | (magnitude & 0x007fffffu) >> 20;

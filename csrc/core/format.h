@@ -76,7 +76,7 @@ struct Rounder {
 // HiFloat8 (arXiv 2409.16626): fraction bits of numbers with this exponent.
 AQN_HD int hif8_fraction_bits(int exponent) {
   const int a = exponent < 0 ? -exponent : exponent;
-  return a <= 3 ? 3 : a <= 7 ? 2 : a <= 15 ? 1 : 0;
+  return 3 - (a > 3 ? 1 : 0) - (a > 7 ? 1 : 0) - (a > 15 ? 1 : 0);
 }
 
 // What follows runs in lanes: truths are 0 or 1, combined by & and |, and choices are between values, never branches.

@@ -402,18 +402,63 @@ int64_t encode(const EncodeArgs& a) {
 
 // ---- codes to values -----------------------------------------------------------------------------------------------
 
+// Codes of more than 8 bits.
 template <class Code>
-AQN_HD void decode_all(float* y, const Code* codes, int n, const Codes k) {
-  if (k.spelling == Spelling::kInteger) {
-    const int32_t sign = static_cast<int32_t>(k.sign_bit());
-    const float step = any_exp2_of(k.min_exponent - k.mantissa_bits);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) y[i] = static_cast<float>((static_cast<int32_t>(codes[i]) ^ sign) - sign) * step;
-  } else {
-#pragma omp simd
-    for (int i = 0; i < n; ++i) y[i] = value_of(k, static_cast<uint32_t>(codes[i]));
-  }
+void decode_wide(float* y, const Code* codes, int n, const Codes& k) {
+  for (int i = 0; i < n; ++i) y[i] = value_of(k, static_cast<uint32_t>(codes[i]));
 }
+
+// Values of codes of at most 8 bits, which bfloat16 holds: a table, in registers where they are wide enough.
+class Table {
+ public:
+  explicit Table(const Codes& k) : bits_(k.bits) {
+    for (uint32_t c = 0; c < 256; ++c) at_[c] = static_cast<uint16_t>(bits_of(value_of(k, c & ((1u << bits_) - 1u))) >> 16);
+  }
+
+  // `codes` and `values` have room for 32 more.
+  void look_up(uint16_t* values, const uint8_t* codes, int n) const {
+#if defined(__AVX512BW__)
+    if (bits_ <= 5)
+      permute<1>(values, codes, n);
+    else if (bits_ == 6)
+      permute<2>(values, codes, n);
+    else
+      permute<8>(values, codes, n);
+#else
+    for (int i = 0; i < n; ++i) values[i] = at_[codes[i]];
+#endif
+  }
+
+ private:
+#if defined(__AVX512BW__)
+  template <int Registers>
+  AQN_HD void permute(uint16_t* values, const uint8_t* codes, int n) const {
+    __m512i t[Registers];
+    for (int r = 0; r < Registers; ++r) t[r] = _mm512_loadu_si512(at_ + 32 * r);
+    for (int i = 0; i < n; i += 32) {
+      const __m512i c = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
+      __m512i v;
+      if constexpr (Registers == 1) {
+        v = _mm512_permutexvar_epi16(c, t[0]);
+      } else {
+        v = _mm512_permutex2var_epi16(t[0], c, t[1]);
+      }
+      if constexpr (Registers == 8) {
+        const __mmask32 second = _mm512_test_epi16_mask(c, _mm512_set1_epi16(64));
+        const __mmask32 upper = _mm512_test_epi16_mask(c, _mm512_set1_epi16(128));
+        v = _mm512_mask_blend_epi16(second, v, _mm512_permutex2var_epi16(t[2], c, t[3]));
+        __m512i w = _mm512_permutex2var_epi16(t[4], c, t[5]);
+        w = _mm512_mask_blend_epi16(second, w, _mm512_permutex2var_epi16(t[6], c, t[7]));
+        v = _mm512_mask_blend_epi16(upper, v, w);
+      }
+      _mm512_storeu_si512(values + i, v);
+    }
+  }
+#endif
+
+  int bits_;
+  uint16_t at_[256];
+};
 
 // What a block's stored scale stands for: the first factor after decoding.
 struct ScaleReader {
@@ -455,65 +500,147 @@ struct ScaleReader {
   }
 };
 
-// One factor for each of n values of a row, from `start` on. The row's blocks along itself are `run` long.
-AQN_HD void row_factors(float* factor, const ScaleReader& read, const UnpackArgs& a, int64_t row, int64_t start, int n) {
+// Where the scales of a row begin: blocks along the row itself are `run` long.
+AQN_HD int64_t first_scale(const UnpackArgs& a, int64_t row) {
   const int64_t inner = row % a.inner, along = row / a.inner % a.along, outer = row / a.inner / a.along;
   const int64_t high = (a.along + a.per_block - 1) / a.per_block, wide = (a.columns + a.run - 1) / a.run;
-  const int64_t first = ((outer * high + along / a.per_block) * a.inner + inner) * wide;
-  if (a.scale_code == ScaleCode::kHif4) {
-    for (int i = 0; i < n; ++i) {
-      const int64_t at = start + i, place = a.run == 1 ? along % 64 : at % 64;
-      if (i == 0 || a.run == 1 || at % 4 == 0)
-        factor[i] = read.of_hif4(first + at / a.run, place / 4);
-      else
-        factor[i] = factor[i - 1];
-    }
-  } else if (a.run == 1) {
-    for (int i = 0; i < n; ++i) factor[i] = read(first + start + i);
-  } else {
-    for (int i = 0; i < n;) {
-      const int64_t block = (start + i) / a.run, end = std::min<int64_t>(n, (block + 1) * a.run - start);
-      const float f = read(first + block);
-      for (; i < end; ++i) factor[i] = f;
-    }
+  return ((outer * high + along / a.per_block) * a.inner + inner) * wide;
+}
+
+// One factor for each of n values of a row, from `start` on.
+AQN_HD void row_factors(float* factor, const ScaleReader& read, const UnpackArgs& a, int64_t row, int64_t start, int n) {
+  const int64_t first = first_scale(a, row), along = row / a.inner % a.along;
+  const bool hif4 = a.scale_code == ScaleCode::kHif4;
+  for (int i = 0; i < n;) {
+    const int64_t at = start + i, block = at / a.run, length = hif4 ? (a.run == 1 ? 1 : 4 - at % 4) : (block + 1) * a.run - at;
+    const float f = hif4 ? read.of_hif4(first + block, (a.run == 1 ? along : at) % 64 / 4) : read(first + block);
+    for (const int64_t end = std::min<int64_t>(n, i + length); i < end; ++i) factor[i] = f;
   }
 }
 
+// values * factor, then * after, of values in bfloat16.
+AQN_HD void scale_run(float* y, const uint16_t* values, int n, const float factor) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) y[i] = float_of(static_cast<uint32_t>(values[i]) << 16) * factor;
+}
+AQN_HD void scale_run(float* y, const uint16_t* values, int n, const float factor, const float after) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) y[i] = (float_of(static_cast<uint32_t>(values[i]) << 16) * factor) * after;
+}
+AQN_HD void scale_run(bf16* y, const uint16_t* values, int n, const float factor) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) store(y + i, float_of(static_cast<uint32_t>(values[i]) << 16) * factor);
+}
+AQN_HD void scale_run(bf16* y, const uint16_t* values, int n, const float factor, const float after) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) store(y + i, (float_of(static_cast<uint32_t>(values[i]) << 16) * factor) * after);
+}
+
+// By a power of two that brings no number out of the normal ones: its exponent is added.
+AQN_HD void shift_run(bf16* y, const uint16_t* values, int n, const uint16_t exponent) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const uint16_t magnitude = values[i] & 0x7fffu;
+    const uint16_t added = static_cast<uint16_t>(magnitude - 1u) < 0x7f7fu ? exponent : uint16_t{0};
+    y[i].bits = static_cast<uint16_t>(values[i] + added);
+  }
+}
+AQN_HD void shift_run(float*, const uint16_t*, int, uint16_t) {}
+
+// The lowest and the highest exponent of E8M0 that shift_run may add: no value of 8 bits is beyond 2^(+-64).
+constexpr int kShiftFrom = 127 - 62, kShiftTo = 127 + 62;
+
+template <class T>
+class Unpacker {
+ public:
+  explicit Unpacker(const UnpackArgs& a)
+      : a_(a),
+        read_(a),
+        table_(a.codes),
+        after_(read_.after()),
+        shifts_(sizeof(T) == 2 && a.scale_code == ScaleCode::kE8m0 && small_range(a.codes)) {}
+
+  // n values of a row, from `start` on.
+  void run(T* to, int64_t row, int64_t start, int n) const {
+    const int bits = a_.codes.bits;
+    const uint8_t* from = static_cast<const uint8_t*>(a_.from) + row * packed_bytes(a_.columns, bits) + packed_bytes(start, bits);
+    if (bits > 8) return wide(to, from, row, start, n);
+    uint8_t codes[kPiece + 32], held[kPiece + 32];
+    uint16_t values[kPiece + 32];
+    if (bits == 6) {
+      std::memcpy(held, from, packed_bytes(n, 6));
+      from = held;
+    }
+    unpack_bytes(codes, from, n, bits);
+    table_.look_up(values, codes, n);
+    if (a_.scale_code == ScaleCode::kNone) {
+      scale_run(to, values, n, 1.0f);
+    } else if (a_.run >= 16 && a_.scale_code != ScaleCode::kHif4) {
+      runs(to, values, row, start, n);
+    } else {
+      float factor[kPiece];
+      row_factors(factor, read_, a_, row, start, n);
+#pragma omp simd
+      for (int i = 0; i < n; ++i)
+        store(to + i, (float_of(static_cast<uint32_t>(values[i]) << 16) * factor[i]) * after_);
+    }
+  }
+
+ private:
+  static bool small_range(const Codes& k) {
+    for (uint32_t c = 0; c < (1u << k.bits) && k.bits <= 8; ++c) {
+      const float v = abs_of(value_of(k, c));
+      if (v != 0.0f && is_finite(v) && (v < 0x1p-62f || v > 0x1p62f)) return false;
+    }
+    return true;
+  }
+
+  // One scale for many values.
+  void runs(T* to, const uint16_t* values, int64_t row, int64_t start, int n) const {
+    const int64_t first = first_scale(a_, row);
+    for (int i = 0; i < n;) {
+      const int64_t block = (start + i) / a_.run;
+      const int length = static_cast<int>(std::min<int64_t>(n, (block + 1) * a_.run - start)) - i;
+      const int e8m0 = shifts_ ? static_cast<const uint8_t*>(a_.scales)[first + block] : 0;
+      if (e8m0 >= kShiftFrom && e8m0 <= kShiftTo)
+        shift_run(to + i, values + i, length, static_cast<uint16_t>((e8m0 - 127) * 128));
+      else if (a_.scale_use == ScaleUse::kTensorAfter)
+        scale_run(to + i, values + i, length, read_(first + block), after_);
+      else
+        scale_run(to + i, values + i, length, read_(first + block));
+      i += length;
+    }
+  }
+
+  void wide(T* to, const uint8_t* from, int64_t row, int64_t start, int n) const {
+    float y[kPiece], factor[kPiece];
+    if (a_.codes.bits > 16)
+      decode_wide(y, reinterpret_cast<const int32_t*>(from), n, a_.codes);
+    else
+      decode_wide(y, reinterpret_cast<const uint16_t*>(from), n, a_.codes);
+    std::fill_n(factor, n, 1.0f);
+    if (a_.scale_code != ScaleCode::kNone) row_factors(factor, read_, a_, row, start, n);
+    for (int i = 0; i < n; ++i) store(to + i, (y[i] * factor[i]) * after_);
+  }
+
+  const UnpackArgs a_;
+  ScaleReader read_;
+  Table table_;
+  float after_;
+  bool shifts_;
+};
+
 template <class T>
 void unpack_typed(const UnpackArgs& a) {
-  const Codes k = a.codes;
-  const ScaleReader read(a);
-  const float after = read.after();
-  const int64_t bytes = packed_bytes(a.columns, k.bits), runs = (a.columns + kPiece - 1) / kPiece, all = a.rows * runs;
+  const Unpacker<T> unpacker(a);
+  const int64_t runs = (a.columns + kPiece - 1) / kPiece, all = a.rows * runs;
   const int64_t per_chunk = std::max<int64_t>(1, 16384 / std::min<int64_t>(a.columns, kPiece)), chunks = (all + per_chunk - 1) / per_chunk;
   for_chunks(chunks, a.threads, [&](int64_t chunk) {
-    uint8_t codes[kPiece + 16], held[kPiece + 16];
-    float y[kPiece], factor[kPiece];
     T out[kPiece];
     for (int64_t i = chunk * per_chunk; i < std::min(all, (chunk + 1) * per_chunk); ++i) {
-      const int64_t row = i / runs, start = i % runs * kPiece;
-      const int n = static_cast<int>(std::min<int64_t>(kPiece, a.columns - start));
-      const uint8_t* from = static_cast<const uint8_t*>(a.from) + row * bytes + packed_bytes(start, k.bits);
-      if (k.bits > 16) {
-        decode_all(y, reinterpret_cast<const int32_t*>(from), n, k);
-      } else if (k.bits > 8) {
-        decode_all(y, reinterpret_cast<const uint16_t*>(from), n, k);
-      } else {
-        if (k.bits == 6) {
-          std::memcpy(held, from, packed_bytes(n, 6));
-          from = held;
-        }
-        unpack_bytes(codes, from, n, k.bits);
-        decode_all(y, codes, n, k);
-      }
-      if (a.scale_code != ScaleCode::kNone) {
-        row_factors(factor, read, a, row, start, n);
-#pragma omp simd
-        for (int j = 0; j < n; ++j) y[j] = (y[j] * factor[j]) * after;
-      }
-      T* to = static_cast<T*>(a.y) + row * a.columns + start;
-      store_all(out, y, n);
-      stream(to, out, n * static_cast<int64_t>(sizeof(T)));
+      const int64_t row = i / runs, start = i % runs * kPiece, n = std::min<int64_t>(kPiece, a.columns - start);
+      unpacker.run(out, row, start, static_cast<int>(n));
+      stream(static_cast<T*>(a.y) + row * a.columns + start, out, n * static_cast<int64_t>(sizeof(T)));
     }
   });
 }
