@@ -65,7 +65,9 @@ def product(
             f"product: expected [..., m, k], [..., k, n] and a bias [n], got {list(a.shape)}, {list(b.shape)} and "
             f"{None if bias is None else list(bias.shape)}"
         )
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch = a.shape[:-2]
+    if batch != b.shape[:-2]:
+        batch = torch.broadcast_shapes(batch, b.shape[:-2])
     (m, k), n = a.shape[-2:], b.shape[-1]
     out = torch.empty((*batch, m, n), dtype=dtype)
     a, b = _matrices(a, batch), _matrices(b, batch)

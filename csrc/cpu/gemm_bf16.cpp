@@ -26,7 +26,7 @@ void miss_then_add_bias(const ProductArgs& g, const ProductTile& t, float (*clea
   Stats injected;
   Sums sums;
   for (int i = 0; i < t.rows; ++i, out += g.n) {
-    perturb_part<float, Measure>(g.result, t.batch * g.m + t.row + i, 1, t.column, t.columns, clean[i], 0, missed, 0,
+    perturb_part<float, Measure>(g.result, t.matrix * g.m + t.row + i, 1, t.column, t.columns, clean[i], 0, missed, 0,
                                  injected);
     add(missed, bias, t.columns);
     store_all(out, missed, t.columns);
@@ -47,7 +47,7 @@ void miss_then_add_bias(const ProductArgs& g, const ProductTile& t, float (*clea
 
 template <class Out, bool Measure>
 Stats miss(const ProductArgs& g, const ProductTile& t, float (*sums)[kTileColumns]) {
-  const int64_t row = t.batch * g.m + t.row;
+  const int64_t row = t.matrix * g.m + t.row;
   Out* out = static_cast<Out*>(g.result.out) + row * g.n + t.column;
   Stats s;
   if (g.bias && !g.bias_is_missed) {
@@ -61,16 +61,16 @@ Stats miss(const ProductArgs& g, const ProductTile& t, float (*sums)[kTileColumn
 
 template <class Out, bool Measure>
 Stats missed_product(const ProductArgs& g) {
-  std::vector<Stats> parts(count_tiles(g));
-  for_products(g, [&](int64_t i, const ProductTile& t, float (*sums)[kTileColumns]) {
-    parts[i] = miss<Out, Measure>(g, t, sums);
-  });
+  Product p(g);
+  std::vector<Stats> parts(p.tiles);
+  p.for_tiles(
+      [&](int64_t i, const ProductTile& t, float (*sums)[kTileColumns]) { parts[i] = miss<Out, Measure>(g, t, sums); });
   return total(parts);
 }
 
 Stats plain_product(const ProductArgs& g) {
-  for_products(g, [&](int64_t, const ProductTile& t, float (*sums)[kTileColumns]) {
-    float* out = static_cast<float*>(g.result.out) + (t.batch * g.m + t.row) * g.n + t.column;
+  Product(g).for_tiles([&](int64_t, const ProductTile& t, float (*sums)[kTileColumns]) {
+    float* out = static_cast<float*>(g.result.out) + (t.matrix * g.m + t.row) * g.n + t.column;
     for (int i = 0; i < t.rows; ++i) std::copy_n(sums[i], t.columns, out + i * g.n);
   });
   return {};

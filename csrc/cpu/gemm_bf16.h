@@ -1,9 +1,9 @@
 // Products of bf16 matrices by the host's own instruction, vdpbf16ps, which adds two products to each fp32 sum.
 //
-// A result is computed in tiles that stay in the L2 cache. For each tile and each stretch of the contraction, operands
-// are packed into panels of pairs along the contraction, and a micro-kernel keeps kMicroRows x kMicroColumns sums in
-// registers. Each sum adds its products in the order of the contraction, so that an element depends on its row and its
-// column alone: not on the number of rows, the tile that it falls into or the number of threads.
+// A result is computed in tiles whose sums stay in the L2 cache, from operands that are packed into panels: pairs along
+// the contraction, stretch after stretch of it. A micro-kernel keeps kMicroRows x kMicroColumns sums in registers. Each
+// sum adds its products in the order of the contraction, so that an element depends on its row and its column alone:
+// not on the number of rows, the tile that it falls into or the number of threads.
 #pragma once
 
 #include <immintrin.h>
@@ -18,11 +18,18 @@ namespace {
 constexpr int kMicroRows = 12, kMicroColumns = 32;
 constexpr int kTileRows = 21 * kMicroRows, kTileColumns = 8 * kMicroColumns, kDepth = 512;
 
-// What a thread works on: the panels of a stretch of the contraction, and the sums of a tile.
-struct alignas(64) Panels {
-  uint32_t a[kTileRows * kDepth / 2 + 16];  // the last panel is stored 16 pairs at a time
-  alignas(64) uint32_t b[kTileColumns * kDepth / 2];
-  alignas(64) float sums[kTileRows][kTileColumns];
+// An axis in equal parts, multiples of `unit` and at most `most` long; the last may be shorter.
+struct Parts {
+  int64_t size, length = 0, count = 0;
+
+  Parts(int64_t n, int64_t most, int64_t unit) : size(n) {
+    if (n == 0) return;
+    const int64_t fewest = (n + most - 1) / most, units = (n + fewest * unit - 1) / (fewest * unit);
+    length = units * unit;
+    count = (n + length - 1) / length;
+  }
+  int64_t begin(int64_t i) const { return i * length; }
+  int length_of(int64_t i) const { return static_cast<int>(std::min(length, size - begin(i))); }
 };
 
 // 16 rows of 16 pairs as 16 columns.
@@ -119,47 +126,110 @@ constexpr void (*kAddPanels[])(float*, const uint32_t*, const uint32_t*, int) = 
     nullptr,       add_panels<1>, add_panels<2>, add_panels<3>,  add_panels<4>,  add_panels<5>, add_panels<6>,
     add_panels<7>, add_panels<8>, add_panels<9>, add_panels<10>, add_panels<11>, add_panels<12>};
 
-// Part of a result: rows [row, row + rows) and columns [column, column + columns) of matrix `batch`.
+// An operand in blocks of panels, one for a tile's rows and a stretch of the contraction. Blocks that several tiles
+// need are packed once, before all tiles; others by the thread whose tile needs them, in its own memory.
+template <int Width>
+class Packed {
+ public:
+  Packed(const ProductOperand& from, int64_t batch, const Parts& rows, const Parts& depth, bool is_shared)
+      : from_(from), rows_(rows), depth_(depth), size_((rows.length * ((depth.length + 1) / 2) + 31) / 16 * 16) {
+    shared_blocks = is_shared ? batch * rows.count * depth.count : 0;
+    shared_.reset(new Line[shared_blocks * size_ / 16]);
+  }
+  int64_t shared_blocks;
+
+  void pack_shared(int64_t block) { pack_block(shared_at(block), block); }
+
+  const uint32_t* block(int64_t matrix, int64_t tile, int64_t stretch, uint32_t* own) {
+    const int64_t i = (matrix * rows_.count + tile) * depth_.count + stretch;
+    if (shared_blocks) return shared_at(i);
+    pack_block(own, i);
+    return own;
+  }
+
+ private:
+  struct alignas(64) Line {
+    uint32_t pairs[16];
+  };
+
+  uint32_t* shared_at(int64_t block) { return shared_[block * size_ / 16].pairs; }
+
+  void pack_block(uint32_t* to, int64_t block) const {
+    const int64_t stretch = block % depth_.count, tile = block / depth_.count % rows_.count;
+    const uint16_t* matrix =
+        static_cast<const uint16_t*>(from_.at) + block / (depth_.count * rows_.count) * from_.batch_stride;
+    pack<Width>(to, from_, matrix, rows_.begin(tile), rows_.length_of(tile), depth_.begin(stretch),
+                depth_.length_of(stretch));
+  }
+
+  const ProductOperand& from_;
+  Parts rows_, depth_;
+  int64_t size_;  // of a block in pairs, with room for a store of 16 that ends beyond it
+  std::unique_ptr<Line[]> shared_;
+};
+
+// What a thread works in.
+struct alignas(64) Workspace {
+  uint32_t a[kTileRows * kDepth / 2 + 16];
+  alignas(64) uint32_t b[kTileColumns * kDepth / 2 + 16];
+  alignas(64) float sums[kTileRows][kTileColumns];
+};
+
+// Part of a result: rows [row, row + rows) and columns [column, column + columns) of a matrix of the batch.
 struct ProductTile {
-  int64_t batch, row, column;
+  int64_t matrix, row, column;
   int rows, columns;
 };
 
-void multiply(Panels& p, const ProductArgs& g, const ProductTile& t) {
-  const uint16_t* a = static_cast<const uint16_t*>(g.a.at) + t.batch * g.a.batch_stride;
-  const uint16_t* b = static_cast<const uint16_t*>(g.b.at) + t.batch * g.b.batch_stride;
-  std::fill_n(p.sums[0], t.rows * kTileColumns, 0.0f);
-  for (int64_t k = 0; k < g.k; k += kDepth) {
-    const int depth = static_cast<int>(std::min<int64_t>(kDepth, g.k - k)), pairs = (depth + 1) / 2;
-    pack<kMicroRows>(p.a, g.a, a, t.row, t.rows, k, depth);
-    pack<kMicroColumns>(p.b, g.b, b, t.column, t.columns, k, depth);
-    for (int j = 0; j < t.columns; j += kMicroColumns)
-      for (int i = 0; i < t.rows; i += kMicroRows)
-        kAddPanels[std::min(kMicroRows, t.rows - i)](p.sums[i] + j, p.a + i * pairs, p.b + j * pairs, pairs);
+class Product {
+ public:
+  explicit Product(const ProductArgs& g)
+      : threads_(g.threads),
+        rows_(g.m, kTileRows, kMicroRows),
+        columns_(g.n, kTileColumns, kMicroColumns),
+        depth_(g.k, kDepth, 2),
+        a_(g.a, g.batch, rows_, depth_, columns_.count > 1),
+        b_(g.b, g.batch, columns_, depth_, rows_.count > 1) {
+    tiles = g.batch * rows_.count * columns_.count;
   }
-}
+  int64_t tiles;
 
-int64_t tiles_high(const ProductArgs& g) { return (g.m + kTileRows - 1) / kTileRows; }
-int64_t tiles_wide(const ProductArgs& g) { return (g.n + kTileColumns - 1) / kTileColumns; }
-int64_t count_tiles(const ProductArgs& g) { return g.batch * tiles_high(g) * tiles_wide(g); }
-
-// finish(tile's number, tile, sums) for each tile of the result.
-template <class Finish>
-void for_products(const ProductArgs& g, const Finish& finish) {
-  const int64_t high = tiles_high(g), wide = tiles_wide(g), count = count_tiles(g);
-#pragma omp parallel num_threads(g.threads) if (g.threads > 1)
-  {
-    const std::unique_ptr<Panels> panels(new Panels);
+  // finish(number, tile, sums) for each tile of the result.
+  template <class Finish>
+  void for_tiles(const Finish& finish) {
+#pragma omp parallel num_threads(threads_) if (threads_ > 1)
+    {
+      const std::unique_ptr<Workspace> w(new Workspace);
+#pragma omp for
+      for (int64_t i = 0; i < a_.shared_blocks + b_.shared_blocks; ++i)
+        i < a_.shared_blocks ? a_.pack_shared(i) : b_.pack_shared(i - a_.shared_blocks);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = i % high * kTileRows, column = i / high % wide * kTileColumns;
-      const ProductTile t = {i / (high * wide), row, column, static_cast<int>(std::min<int64_t>(kTileRows, g.m - row)),
-                             static_cast<int>(std::min<int64_t>(kTileColumns, g.n - column))};
-      multiply(*panels, g, t);
-      finish(i, t, panels->sums);
+      for (int64_t i = 0; i < tiles; ++i) finish(i, multiply(*w, i), w->sums);
     }
   }
-}
+
+ private:
+  // Tiles of the same columns follow one another.
+  ProductTile multiply(Workspace& w, int64_t i) {
+    const int64_t down = i % rows_.count, right = i / rows_.count % columns_.count;
+    const ProductTile t = {i / (rows_.count * columns_.count), rows_.begin(down), columns_.begin(right),
+                           rows_.length_of(down), columns_.length_of(right)};
+    std::fill_n(w.sums[0], t.rows * kTileColumns, 0.0f);
+    for (int64_t k = 0; k < depth_.count; ++k) {
+      const int pairs = (depth_.length_of(k) + 1) / 2;
+      const uint32_t *a = a_.block(t.matrix, down, k, w.a), *b = b_.block(t.matrix, right, k, w.b);
+      for (int c = 0; c < t.columns; c += kMicroColumns)
+        for (int r = 0; r < t.rows; r += kMicroRows)
+          kAddPanels[std::min(kMicroRows, t.rows - r)](w.sums[r] + c, a + r * pairs, b + c * pairs, pairs);
+    }
+    return t;
+  }
+
+  int threads_;
+  Parts rows_, columns_, depth_;
+  Packed<kMicroRows> a_;
+  Packed<kMicroColumns> b_;
+};
 
 }  // namespace
 }  // namespace aqn::cpu::AQN_ISA
