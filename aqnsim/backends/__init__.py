@@ -43,9 +43,9 @@ class Backend:
 
 
 # Built-in backends are imported on first use: a name here costs nothing.
-_MODULES = {"cpu": "aqnsim.backends.cpu", "reference": "aqnsim.backends.reference"}
+_MODULES = {name: f"aqnsim.backends.{name}" for name in ("cpu", "cuda", "reference")}
 _REGISTERED: dict[str, Backend] = {}
-_CHOSEN = {"cpu": "cpu"}
+_CHOSEN = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def register(backend: Backend) -> Backend:
