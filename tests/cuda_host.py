@@ -30,7 +30,7 @@ struct Spec {
   static inline Accumulator made_accumulator;
   static inline ModelSpec made_models[kMostModels];
   static inline int kCount = 0;
-  static inline bool kByMagnitude = false;
+  static inline bool kByMagnitude = false, kWholeDraws = false;
   static Element element() { return made_element; }
   static Scaling scaling() { return made_scaling; }
   static Accumulator accumulator() { return made_accumulator; }
@@ -75,6 +75,7 @@ def source() -> str:
             ("made_models", ""),
             ("kCount", "&"),
             ("kByMagnitude", "&"),
+            ("kWholeDraws", "&"),
         ]
     )
     return (
@@ -135,6 +136,7 @@ class Host:
     def _specialise(self, spec: str) -> None:
         for kind, made in re.findall(r"static (\w+) \w+\(\) \{ return \{(.*)\}; \}", spec):
             self._set(f"made_{kind.lower()}", struct.pack(LAYOUTS[kind], *values(made)))
+        self._set("kWholeDraws", struct.pack("?", "kWholeDraws = true" in spec))
         models = re.findall(r"ModelSpec\{([^}]*)\}", spec)
         if models:
             self._set("made_models", b"".join(struct.pack(MODEL, *values(m)) for m in models))

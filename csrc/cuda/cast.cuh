@@ -1,5 +1,5 @@
 // Casts. `Spec` has the format as literals, Spec::element() and Spec::scaling(), so that a compiled kernel holds those
-// instructions alone that its format needs.
+// instructions alone that its format needs. Spec::kWholeDraws: 16 bytes of values draw whole Philox blocks.
 //
 // cast_elements  no scale, or one for the tensor; 16 bytes at a time
 // cast_rows      blocks of N along contiguous rows, scaled by their largest value: a few lanes hold a block, 16 bytes
@@ -107,21 +107,16 @@ class Caster {
     return y;
   }
 
-  // The random words of N values that follow each other in memory.
+  // The random words of N values that follow each other in memory, from a multiple of N.
   template <int N>
   AQN_DEVICE void words(uint32_t (&w)[N], int64_t index) const {
     if (!draws()) return;
-    Quotient at = divided(index, a_.columns);
-    uint64_t row = a_.rows.row(at.whole), column = a_.rows.first(at.whole) + static_cast<uint64_t>(at.rest);
-    if (at.rest + N <= a_.columns && column % 4 == 0) return random_words<false>(w, stream_, row, column);
+    if (Spec::kWholeDraws) {
+      const Quotient at = divided(index, a_.columns);
+      random_words<false>(w, stream_, a_.rows.row(at.whole), static_cast<uint64_t>(at.rest));
+    } else {
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      w[j] = stream_.one(row, column++);
-      if (++at.rest == a_.columns && j + 1 < N) {
-        at = {at.whole + 1, 0};
-        row = a_.rows.row(at.whole);
-        column = a_.rows.first(at.whole);
-      }
+      for (int j = 0; j < N; ++j) w[j] = word(index + j);
     }
   }
   AQN_DEVICE uint32_t word(int64_t index) const {

@@ -56,16 +56,20 @@ def cast_call(fmt: AnyFormat, view: tuple[int, int, int], t: str, mode: int) -> 
 
 
 @lru_cache(maxsize=4096)
-def _cast_kernel(text: str, view: tuple[int, int, int], dtype: torch.dtype, mode: int) -> tuple[Kernel, int]:
+def cast_kernel(
+    text: str, view: tuple[int, int, int], dtype: torch.dtype, mode: int, whole_draws: bool = True
+) -> tuple[Kernel, int]:
+    """The kernel that casts a tensor of that view, and how many values a thread takes at a time."""
     fmt = get(text)
     call, values = cast_call(fmt, view, _TYPES[dtype], mode)
-    return Kernel("cast.cuh", call, "CastArgs", kernels.format_spec(fmt)), values
+    return Kernel("cast.cuh", call, "CastArgs", kernels.format_spec(fmt, whole_draws)), values
 
 
 @lru_cache(maxsize=1024)
-def _chain_kernel(
+def chain_kernel(
     models: tuple[ErrorModel, ...], into: tuple[torch.dtype, torch.dtype], whole: bool, shifted: bool, measure: bool
 ) -> Kernel:
+    """The kernel of a chain of models: from and into dtypes; rows of whole vectors; rows with first columns."""
     types = ", ".join(_TYPES[t] for t in into)
     flags = ", ".join(str(flag).lower() for flag in (whole, shifted, measure))
     return Kernel("perturb.cuh", f"perturb<Spec, {types}, {flags}>", "PerturbArgs", kernels.chain_spec(models))
@@ -159,7 +163,9 @@ class Kernels:
             raise ConfigError(f"cast: the rounding of {fmt} draws random bits: pass a key")
         ids, row_ids = _row_ids("cast", x, rows if random_bits(f) else None)
         view, row_major = blocks_view(f, tuple(x.shape), axis)
-        kernel, values = _cast_kernel(fmt, view, x.dtype, mode)
+        columns = max(shape_in_rows(x)[1], 1)
+        whole_draws = columns % (16 // x.element_size()) == 0 and not row_ids[1]
+        kernel, values = cast_kernel(fmt, view, x.dtype, mode, whole_draws or not random_bits(f))
         blocks = _blocks(-(-x.numel() // values))
         parts = torch.empty(blocks, SUMS, dtype=torch.float64, device=x.device) if mode == MEASURED else None
         args = kernels.CastArgs(
@@ -171,7 +177,7 @@ class Kernels:
             row_ids,
             _clock(step if random_bits(f) else None, x.device),
             key & (2**64 - 1),
-            max(shape_in_rows(x)[1], 1),
+            columns,
             *view,
             row_major,
         )
@@ -228,7 +234,7 @@ class Kernels:
         count, columns = shape_in_rows(y)
         vector = 16 // y.element_size()
         whole = columns % vector == 0
-        kernel = _chain_kernel(models, (y.dtype, out.dtype), whole, bool(row_ids[1]), measure)
+        kernel = chain_kernel(models, (y.dtype, out.dtype), whole, bool(row_ids[1]), measure)
         blocks = _blocks(count * -(-columns // (vector if whole else 4)))
         parts = torch.empty(blocks, SUMS, dtype=torch.float64, device=y.device) if measure else None
         numbers = [

@@ -116,9 +116,13 @@ def _made(kind: str, fields: Fields) -> str:
     return f"  AQN_HD static {kind} {kind.lower()}() {{ return {{{', '.join(values)}}}; }}\n"
 
 
-def format_spec(fmt: AnyFormat) -> str:
+def format_spec(fmt: AnyFormat, whole_draws: bool = True) -> str:
     """Spec of csrc/cuda/cast.cuh."""
-    return _made("Element", element_fields(element_of(fmt))) + _made("Scaling", scaling_fields(fmt))
+    return (
+        _made("Element", element_fields(element_of(fmt)))
+        + _made("Scaling", scaling_fields(fmt))
+        + f"  static constexpr bool kWholeDraws = {literal(whole_draws)};\n"
+    )
 
 
 def accumulator_spec(text: str) -> str:
