@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sass``: what the compiled CUDA kernels cost a value, read from their machine code without a GPU.
+"""``python -m benchmarks.sass``: what CUDA kernels cost a value, read from their machine code without a GPU.
 
 Derivation. A GPU of S multiprocessors has 4 schedulers in each, and a scheduler issues one instruction for 32 lanes a
 clock. So at f clocks a second it issues at most S * 4 * 32 * f instructions a second, counted by lane. A kernel that
@@ -69,6 +69,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 _F, _B = torch.float32, torch.bfloat16
 _SIZES = {_F: 4, _B: 2}
+_TEXTS = ("fp8_e4m3", "hif8", "mxfp4", "mxfp8_e4m3", "nvfp4", "fp8_e4m3_1x128", "mxfp4(rounding=stochastic)")
 _ROWS, _ACROSS = (4096, 1, 4096), (1, 4096, 4096)  # blocks along contiguous rows of 4096, and across them
 
 
@@ -250,7 +251,7 @@ HEADER = ("kernel", "dtype", "GPU", "registers", "instructions", "threshold", "b
 
 def rows() -> list[tuple[str, ...]]:
     """A row for each kernel and GPU: instructions a value, how many are free, and the bandwidth that this allows."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for case in cases():
         for name, device in DEVICES.items():
             c = code(case.kernel, device.arch)

@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every architecture, by NVRTC and by nvcc, and their machine code is what it should be."""
+"""The CUDA kernels compile for every architecture, by NVRTC and by nvcc, and their machine code is as it should be."""
 
 from __future__ import annotations
 
