@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from aqnsim._errors import ConfigError
 from aqnsim.backends import cuda
 from aqnsim.backends.cuda.kernels import OPTIONS, Kernel
 from aqnsim.errors import chain
@@ -271,11 +272,43 @@ def rows() -> list[tuple[str, ...]]:
     return found
 
 
+_BLOCK = re.compile(r"(<!-- sass -->\n)(.*?)(<!-- end of sass -->)", re.DOTALL)
+
+
+def compiler() -> str:
+    """The version of NVRTC: another one may make other instructions."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"NVRTC {major.value}.{minor.value}"
+
+
+def page_with_table(text: str) -> str:
+    """A page whose table, between ``<!-- sass -->`` and ``<!-- end of sass -->``, is that of this compiler.
+
+    Raises:
+        ConfigError: the page marks no place for it.
+    """
+    table = [HEADER, tuple("---" for _ in HEADER), *rows()]
+    lines = "".join("| " + " | ".join(row) + " |\n" for row in table)
+    text, count = _BLOCK.subn(lambda m: f"{m[1]}Compiled by {compiler()}.\n\n{lines}{m[3]}", text)
+    if not count:
+        raise ConfigError("no place for the table: expected <!-- sass --> and <!-- end of sass -->")
+    return text
+
+
 def main() -> None:
     from benchmarks.__main__ import print_table  # here: it brings in what trains a model
 
-    argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.partition("\n")[0]).parse_args()
-    print_table([dict(zip(HEADER, row, strict=True)) for row in rows()])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.partition("\n")[0])
+    parser.add_argument("--page", type=Path, help="rewrite the table of this page between its marks instead")
+    page = parser.parse_args().page
+    if page is None:
+        print_table([dict(zip(HEADER, row, strict=True)) for row in rows()])
+        return
+    text = page_with_table(page.read_text(encoding="utf-8"))
+    temporary = page.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, page)
 
 
 if __name__ == "__main__":

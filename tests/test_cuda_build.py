@@ -124,6 +124,16 @@ def test_loops_are_found_and_counted() -> None:
     assert sass.stored_bytes(["STG.E [R2.64], R4", "STG.E.U16 [R2.64], R4", "STG.E.64 desc[UR4][R2.64], R4"]) == 14
 
 
+def test_the_table_goes_between_the_marks_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sass, "rows", lambda: [("cast", "float32", "H100", "24", "28.2", "79.9", "memory", "100%")])
+    page = sass.page_with_table("before\n<!-- sass -->\nold\n<!-- end of sass -->\nafter\n")
+    assert page.startswith("before\n<!-- sass -->\nCompiled by NVRTC 13.")
+    assert "| cast | float32 | H100 |" in page
+    assert page.endswith("|\n<!-- end of sass -->\nafter\n")
+    with pytest.raises(aqnsim.ConfigError, match="no place for the table"):
+        sass.page_with_table("none")
+
+
 def test_thresholds_follow_from_a_datasheet() -> None:
     device = sass.Device("sm_90", 100, 1e9, 1e12)
     assert device.threshold(8) == 100 * 128 * 1e9 * 8 / 1e12
