@@ -18,6 +18,9 @@ assert aqnsim.cast(ties, "mxfp4").tolist() == [0, 1, 1, 2, 2, 4, 4, 6]
 below_8 = torch.tensor([7.9999995])
 assert aqnsim.cast(below_8, "mxfp4").item() == 6.0, "the shared scale must come from the exponent bits"
 
+assert (package / "csrc/cuda/device.cuh").is_file(), "the wheel lacks the sources that are compiled on a GPU"
+assert (package / "csrc/core/bits.h").is_file()
+
 for name in aqnsim.profiles.names():
     aqnsim.profiles.load(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,3 +20,14 @@ def _default_backends() -> Iterator[None]:
     yield
     backends._CHOSEN.clear()
     backends._CHOSEN.update(before)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The GPU. Without one a test is skipped, or fails where AQNSIM_REQUIRE, a list with commas, names cuda."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    reason = f"torch {torch.__version__} sees no GPU"
+    if "cuda" in os.environ.get("AQNSIM_REQUIRE", "").split(","):
+        pytest.fail(f"AQNSIM_REQUIRE asks for cuda, but {reason}")
+    pytest.skip(reason)

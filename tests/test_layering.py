@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "aqnsim"
 NOUNS = ["formats", "accumulator", "approximation", "errors", "_errors", "rng", "receipts", "aqn", "profiles"]
 STDLIB_ONLY = [path for name in NOUNS for path in [*PACKAGE.glob(f"{name}.py"), *PACKAGE.glob(f"{name}/*.py")]]
-KERNELS = sorted(p for folder in ("core", "cpu") for p in (ROOT / "csrc" / folder).iterdir())
+KERNELS = sorted(p for folder in ("core", "cpu", "cuda") for p in (ROOT / "csrc" / folder).iterdir())
 
 
 def imported(source: str) -> set[str]:

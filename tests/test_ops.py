@@ -367,8 +367,8 @@ def test_rows_that_do_not_fit_the_input_are_refused() -> None:
 
 
 def test_a_device_without_a_backend_is_an_error_that_names_the_alternatives() -> None:
-    with pytest.raises(BackendError, match=r"no backend serves device 'cuda'; served: cpu.*use_backend"):
-        aqnsim.backends.resolve("cast", "cuda")
+    with pytest.raises(BackendError, match=r"no backend serves device 'mps'; served: cpu.*use_backend"):
+        aqnsim.backends.resolve("cast", "mps")
 
 
 def test_a_backend_that_lacks_an_op_is_an_error_that_names_those_that_have_it() -> None:

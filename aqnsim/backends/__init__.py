@@ -49,9 +49,9 @@ class Backend:
 
 
 # Built-in backends are imported on first use: a name here costs nothing.
-_MODULES = {name: f"aqnsim.backends.{name}" for name in ("cpu", "reference", "triton")}
+_MODULES = {name: f"aqnsim.backends.{name}" for name in ("cpu", "cuda", "reference", "triton")}
 _REGISTERED: dict[str, Backend] = {}
-_CHOSEN = {"cpu": "cpu"}
+_CHOSEN = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def register(backend: Backend) -> Backend:

@@ -16,10 +16,10 @@ enum class ErrorKind : int {
   kBitFlip = 7,
 };
 
-constexpr bool has_rate(ErrorKind k) {
+AQN_HD constexpr bool has_rate(ErrorKind k) {
   return k == ErrorKind::kSpike || k == ErrorKind::kStuck || k == ErrorKind::kBitFlip;
 }
-constexpr bool draws_normal(ErrorKind k) {
+AQN_HD constexpr bool draws_normal(ErrorKind k) {
   return k == ErrorKind::kRelativeGaussian || k == ErrorKind::kAbsoluteGaussian || k == ErrorKind::kSpike;
 }
 
