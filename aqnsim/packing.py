@@ -40,9 +40,7 @@ def encoded(elements: Tensor, scales: Tensor, tensor_scale: Tensor, fmt: AnyForm
     return codes, stored_scales(scales, fmt) if isinstance(fmt, BlockFormat) else scales, tensor_scale
 
 
-def check_no_nan_is_lost(
-    elements: Tensor, scales: Tensor, tensor_scale: Tensor, fmt: AnyFormat, axis: int
-) -> None:
+def check_no_nan_is_lost(elements: Tensor, scales: Tensor, tensor_scale: Tensor, fmt: AnyFormat, axis: int) -> None:
     """For an element format without a code for NaN.
 
     Raises:

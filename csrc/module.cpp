@@ -193,8 +193,15 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Codes>(m, "Codes")
       .def(py::init([](int spelling, int bits, int mantissa_bits, int min_exponent, bool is_signed, bool has_zero,
                        bool has_negative_zero, int inf, int nan) {
-             return Codes{static_cast<Spelling>(spelling), bits, mantissa_bits, min_exponent, is_signed, has_zero,
-                          has_negative_zero,               inf,  nan};
+             return Codes{static_cast<Spelling>(spelling),
+                          bits,
+                          mantissa_bits,
+                          min_exponent,
+                          is_signed,
+                          has_zero,
+                          has_negative_zero,
+                          inf,
+                          nan};
            }),
            py::kw_only(), "spelling"_a, "bits"_a, "mantissa_bits"_a, "min_exponent"_a, "is_signed"_a, "has_zero"_a,
            "has_negative_zero"_a, "inf"_a, "nan"_a);

@@ -10,7 +10,6 @@
 namespace aqn::cpu::AQN_ISA {
 
 extern const Kernels table;
-const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm,
-                      pack,        encode, unpack};
+const Kernels table = {AQN_ISA_NAME, cast, perturb, amax, normal, random_words, gemm, pack, encode, unpack};
 
 }  // namespace aqn::cpu::AQN_ISA
