@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import DTYPES
 from aqnsim.errors import ErrorModel, chain_text
-from aqnsim.formats import AnyFormat, BlockFormat, element_of, get, random_bits, with_rounding
+from aqnsim.formats import AnyFormat, BlockFormat, Format, element_of, get, random_bits, with_rounding
 from aqnsim.quantized import Quantized
 from aqnsim.rng import NoiseKey
 
@@ -30,10 +32,50 @@ def _check_axis(x: Tensor, axis: int) -> int:
     return axis % dims
 
 
-def _check_key(what: str, fmt: AnyFormat, key: NoiseKey | None, rows: Tensor | None) -> tuple[int, Tensor | None]:
+class _Asked(NamedTuple):
+    """A format as it is asked for."""
+
+    text: str
+    has_scales: bool
+    rounding: str
+    draws: bool
+
+
+@lru_cache(maxsize=1024)
+def _read(format: str | AnyFormat, rounding: str | None) -> _Asked:
+    fmt = with_rounding(get(format), rounding)
+    return _Asked(str(fmt), isinstance(fmt, BlockFormat), element_of(fmt).rounding, random_bits(fmt) > 0)
+
+
+def _asked(format: str | AnyFormat, rounding: str | None) -> _Asked:
+    return _read(format if isinstance(format, (str, Format, BlockFormat)) else get(format), rounding)
+
+
+def _needs_function(x: Tensor) -> bool:
+    """Whether autograd, a compiler or a subclass of Tensor must see the op as a function."""
+    return type(x) is not Tensor or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
+
+
+def _room(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _without_gradient(what: str, x: Tensor, out: Tensor) -> Tensor:
+    """``out``, where no gradient is lost by writing to it."""
+    if not isinstance(out, Tensor):
+        raise ConfigError(f"{what}: expected a torch.Tensor as out, got {type(out).__name__}")
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ConfigError(
+            f"{what}: out= has no gradient, but a tensor requires one: leave out= away, or call it under "
+            "torch.no_grad()"
+        )
+    return out
+
+
+def _check_key(what: str, fmt: _Asked, key: NoiseKey | None, rows: Tensor | None) -> tuple[int, Tensor | None]:
     """The Philox key and the clock of a stochastic rounding; 0 and None where nothing is drawn."""
-    rounding = element_of(fmt).rounding
-    if not random_bits(fmt):
+    rounding = fmt.rounding
+    if not fmt.draws:
         if key is not None or rows is not None:
             raise ConfigError(f"{what}: rounding {rounding!r} draws no random bits; do not pass a key or rows")
         return 0, None
@@ -80,13 +122,13 @@ def cast(
     [1.5, 1.0, 1.5, 1.5]
     """
     _check_tensor(x, "cast")
-    fmt = with_rounding(get(format), rounding)
+    fmt, axis = _asked(format, rounding), _check_axis(x, axis)
     value, step = _check_key("cast", fmt, key, rows)
-    if out is None:
-        result: Tensor = torch.ops.aqnsim.cast(x, str(fmt), _check_axis(x, axis), value, step, rows, False)[0]
+    if out is None and _needs_function(x):
+        result: Tensor = torch.ops.aqnsim.cast.default(x, fmt.text, axis, value, step, rows, False)[0]
         return result
-    _check_no_gradient("cast", x, out)
-    torch.ops.aqnsim.cast_out(x, str(fmt), _check_axis(x, axis), value, step, rows, out)
+    out = _room(x) if out is None else _without_gradient("cast", x, out)
+    torch.ops.aqnsim.cast_out.default(x, fmt.text, axis, value, step, rows, out)
     return out
 
 
@@ -118,17 +160,17 @@ def quantize(
     (torch.Size([20]), torch.Size([2]), True)
     """
     _check_tensor(x, "quantize")
-    fmt, axis = with_rounding(get(format), rounding), _check_axis(x, axis)
+    fmt, axis = _asked(format, rounding), _check_axis(x, axis)
     value, step = _check_key("quantize", fmt, key, rows)
-    arguments = (x.detach(), str(fmt), axis, value, step, rows)
+    arguments = (x.detach(), fmt.text, axis, value, step, rows)
     if out is None:
-        codes, scales, tensor_scale = torch.ops.aqnsim.quantize(*arguments)
-        kept = scales if isinstance(fmt, BlockFormat) else None
-        return Quantized(codes, kept, tensor_scale, str(fmt), x.shape, x.dtype, axis)
-    _check_quantized(out, x, str(fmt), axis)
-    _check_no_gradient("quantize", x)
-    scales = torch.empty((), device=x.device) if out.scales is None else out.scales
-    torch.ops.aqnsim.quantize_out(*arguments, out.codes, scales, out.tensor_scale)
+        codes, scales, tensor_scale = torch.ops.aqnsim.quantize.default(*arguments)
+        kept = scales if fmt.has_scales else None
+        return Quantized(codes, kept, tensor_scale, fmt.text, x.shape, x.dtype, axis)
+    _check_quantized(out, x, fmt.text, axis)
+    _without_gradient("quantize", x, out.codes)
+    scales = x.new_empty((), dtype=torch.float32) if out.scales is None else out.scales
+    torch.ops.aqnsim.quantize_out.default(*arguments, out.codes, scales, out.tensor_scale)
     return out
 
 
@@ -138,14 +180,6 @@ def _check_quantized(out: Quantized, x: Tensor, text: str, axis: int) -> None:
     has, expected = (out.format, out.shape, out.dtype, out.axis), (text, x.shape, x.dtype, axis)
     if has != expected:
         raise ConfigError(f"quantize: expected out of (format, shape, dtype, axis) {expected}, got {has}")
-
-
-def _check_no_gradient(what: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise ConfigError(
-            f"{what}: out= has no gradient, but a tensor requires one: leave out= away, or call it under "
-            "torch.no_grad()"
-        )
 
 
 def perturb(
@@ -189,9 +223,9 @@ def perturb(
     if not isinstance(key, NoiseKey):
         raise ConfigError(f"perturb: expected a NoiseKey, got {key!r}")
     text, clock = chain_text(models), torch.tensor(key.clock)
-    if out is None:
-        result: Tensor = torch.ops.aqnsim.perturb(y, text, key.value, clock, rows, magnitude, None, False)[0]
+    if out is None and _needs_function(y):
+        result: Tensor = torch.ops.aqnsim.perturb.default(y, text, key.value, clock, rows, magnitude, None, False)[0]
         return result
-    _check_no_gradient("perturb", y, out)
-    torch.ops.aqnsim.perturb_out(y, text, key.value, clock, rows, magnitude, out)
+    out = _room(y) if out is None else _without_gradient("perturb", y, out)
+    torch.ops.aqnsim.perturb_out.default(y, text, key.value, clock, rows, magnitude, out)
     return out

@@ -349,3 +349,71 @@ def test_other_mistakes_get_one_clear_error() -> None:
     for step in (-1, 1 << 30, 1.5):
         with pytest.raises(ConfigError, match="step must be an integer"):
             NoiseKey(step=step)  # type: ignore[arg-type]
+
+
+# ---- results in given tensors --------------------------------------------------------------------------------------
+
+PERTURBED = RelativeGaussian(0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "hif4", "fp8_e4m3_tensor", "int4_g128", "fp8_e4m3_128x128", "hif8"])
+def test_a_result_is_written_where_it_is_asked_for(name: str, dtype: torch.dtype) -> None:
+    for axis in (0, 1):
+        x = torch.randn(70, 66, generator=torch.Generator().manual_seed(2)).to(dtype)
+        expected, out = aqnsim.cast(x, name, axis), torch.empty_like(x)
+        assert aqnsim.cast(x, name, axis, out=out) is out
+        assert same_bits(out.float(), expected.float())
+        q, other = aqnsim.quantize(x, name, axis), aqnsim.quantize(torch.ones_like(x), name, axis)
+        assert aqnsim.quantize(x, name, axis, out=other) is other
+        assert torch.equal(other.codes, q.codes)
+        assert q.dequantize(out=out.zero_()) is out
+        assert same_bits(out.float(), expected.float())
+        assert aqnsim.cast(x.t().contiguous().t(), name, axis, out=out.zero_()) is out
+        assert same_bits(out.float(), expected.float())
+        assert aqnsim.cast(x, name, axis, out=x) is x
+        assert same_bits(x.float(), expected.float())
+
+
+def test_noise_is_added_in_place_and_to_another_dtype() -> None:
+    y, key = torch.randn(5, 300, generator=torch.Generator().manual_seed(3)), NoiseKey(seed=1, site="out")
+    expected, held = aqnsim.perturb(y, PERTURBED, key), torch.empty(5, 300, dtype=torch.bfloat16)
+    aqnsim.perturb(y, PERTURBED, key, out=held)
+    assert same_bits(held.float(), expected.bfloat16().float())
+    assert aqnsim.perturb(y, PERTURBED, key, out=y) is y
+    assert same_bits(y, expected)
+
+
+def test_a_result_that_cannot_be_written_is_refused() -> None:
+    x, key = torch.ones(8, 64), NoiseKey()
+    store = torch.ones(8 * 64 + 32)
+    for out, message in [
+        (torch.ones(8, 32), r"expected out torch.float32 \[8, 64\], got torch.float32 \[8, 32\]"),
+        (x.bfloat16(), r"expected out torch.float32 \[8, 64\], got torch.bfloat16"),
+        (torch.ones(64, 8).t(), r"expected a contiguous out, got strides \[1, 8\]"),
+        ([1.0], "expected a torch.Tensor as out, got list"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            aqnsim.cast(x, "mxfp4", out=out)  # type: ignore[arg-type]
+    shared, beside = store[: 8 * 64].view(8, 64), store[32:].view(8, 64)
+    for call in (
+        lambda: aqnsim.cast(shared, "mxfp4", out=beside),
+        lambda: aqnsim.perturb(shared, PERTURBED, key, out=beside),
+    ):
+        with pytest.raises(ConfigError, match="out shares a part of its memory with an input"):
+            call()
+    trains = torch.ones(8, 64, requires_grad=True)
+    q = aqnsim.quantize(x, "mxfp4")
+    for call in (
+        lambda: aqnsim.cast(trains, "mxfp4", out=x),
+        lambda: aqnsim.cast(x, "mxfp4", out=trains),
+        lambda: aqnsim.perturb(trains, PERTURBED, key, out=x),
+    ):
+        with pytest.raises(ConfigError, match="out= has no gradient, but a tensor requires one"):
+            call()
+    with torch.no_grad():
+        aqnsim.cast(trains, "mxfp4", out=torch.empty(8, 64))
+    with pytest.raises(ConfigError, match=r"expected out of \(format, shape, dtype, axis\)"):
+        aqnsim.quantize(x, "nvfp4", out=q)
+    with pytest.raises(ConfigError, match=r"dequantize: expected out torch.float32 \[8, 64\]"):
+        q.dequantize(out=torch.empty(8, 63))

@@ -103,28 +103,20 @@ def check_out(what: str, out: Tensor, shape: Sequence[int], dtype: torch.dtype, 
     for t in inputs:
         if t.device != out.device:
             raise ConfigError(f"{what}: expected out on {t.device}, got {out.device}")
-        if t is not out and _share_memory(t, out) and not _are_same(t, out):
+        if t is not out and not _is_apart(t, out):
             raise ConfigError(
                 f"{what}: out shares a part of its memory with an input; pass the input itself or another tensor"
             )
 
 
-def _are_same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.is_contiguous() and a.dtype == b.dtype and a.shape == b.shape
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether the ranges of memory that two tensors lie in meet."""
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() or not a.numel() or not b.numel():
-        return False
-    (a0, a1), (b0, b1) = (_range(t) for t in (a, b))
-    return a0 < b1 and b0 < a1
-
-
-def _range(t: Tensor) -> tuple[int, int]:
-    span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-    first = t.storage_offset() * t.element_size()
-    return first, first + span * t.element_size()
+def _is_apart(t: Tensor, out: Tensor) -> bool:
+    """Whether two tensors share no memory, or lie in the very same."""
+    first, begin = t.data_ptr(), out.data_ptr()
+    contiguous = t.is_contiguous()
+    if first == begin and contiguous and t.dtype == out.dtype and t.shape == out.shape:
+        return True
+    count = t.numel() if contiguous else sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+    return first + count * t.element_size() <= begin or begin + out.nbytes <= first or not t.numel()
 
 
 def check_chain(

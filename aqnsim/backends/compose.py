@@ -424,9 +424,8 @@ def packings(elements: Callable[..., Parts]) -> dict[str, Callable[..., Any]]:
         for to, part in zip((codes, scales, tensor_scale), quantize(x, *given), strict=True):
             to.copy_(part)
 
-    def dequantize_out(codes: Tensor, *args: Any) -> None:
-        *given, out = args
-        out.copy_(dequantize(codes, *given, out.shape, out.dtype))
+    def dequantize_out(codes: Tensor, scales: Tensor, of: Tensor, fmt: str, axis: int, out: Tensor) -> None:
+        out.copy_(dequantize(codes, scales, of, fmt, axis, out.shape, out.dtype))
 
     return {
         "elements": elements,

@@ -135,6 +135,15 @@ def cast(
     return out, _stats(stats, measure)
 
 
+def cast_out(x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None, out: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        out.copy_(cast(x, fmt, axis, key, step, rows, False)[0])
+        return
+    scale_shape(get(fmt), tuple(x.shape), axis)
+    x = x.contiguous()
+    _run_cast(x, out, None, fmt, axis, _random_words(x, fmt, key, step, rows), False)
+
+
 @lru_cache(maxsize=1024)
 def _codes(e: Format) -> object:
     return _core.Codes(
@@ -206,7 +215,8 @@ def quantize_out(
     f, plan, how = get(fmt), _plan(fmt), _packing(fmt)
     along_rows = axis % max(x.dim(), 1) == max(x.dim(), 1) - 1
     if not how.one_pass or not (along_rows or plan.one_scale):
-        return _quantize_elements(elements(x, fmt, axis, key, step, rows), f, axis, codes, scales, tensor_scale)
+        _quantize_elements(elements(x, fmt, axis, key, step, rows), f, axis, codes, scales, tensor_scale)
+        return
     x = x if check_dtype(x) in _DTYPES else x.float()
     x, code, threads = x.contiguous(), _DTYPES[x.dtype], _threads(x)
     amax = _core.amax(x.data_ptr(), code, x.numel(), threads) if plan.needs_amax else 0.0
@@ -325,8 +335,31 @@ def perturb(
     dtype: torch.dtype | None,
     measure: bool,
 ) -> tuple[Tensor, Tensor]:
+    out = torch.empty(y.shape, dtype=dtype or y.dtype)
+    stats, models = _run_perturb(y, out, error, key, step, rows, magnitude, measure)
+    return out, _stats(stats, measure, models)
+
+
+def perturb_out(
+    y: Tensor, error: str, key: int, step: Tensor, rows: Tensor | None, magnitude: Tensor | None, out: Tensor
+) -> None:
+    if torch.float16 in (y.dtype, out.dtype):
+        out.copy_(perturb(y, error, key, step, rows, magnitude, out.dtype, False)[0])
+        return
+    _run_perturb(y, out, error, key, step, rows, magnitude, False)
+
+
+def _run_perturb(
+    y: Tensor,
+    out: Tensor,
+    error: str,
+    key: int,
+    step: Tensor,
+    rows: Tensor | None,
+    magnitude: Tensor | None,
+    measure: bool,
+) -> tuple[list[float], tuple[ErrorModel, ...]]:
     y = y.contiguous()
-    out = torch.empty_like(y, dtype=dtype or y.dtype)
     codes = _DTYPES[check_dtype(y)], _DTYPES[check_dtype(out)]
     rows = check_rows("perturb", y, rows)
     models, magnitude = check_chain(error, y, magnitude, out.dtype)
@@ -342,7 +375,7 @@ def perturb(
         measure,
         _threads(y),
     )
-    return out, _stats(stats, measure, models)
+    return stats, models
 
 
 _finished = finished(cast, perturb)
@@ -467,6 +500,8 @@ BACKEND = register(
             "perturb": perturb,
             "gemm": gemm,
             **compositions(cast, perturb, gemm, missed, finish),
+            "cast_out": cast_out,
+            "perturb_out": perturb_out,
         },
     )
 )

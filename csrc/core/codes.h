@@ -27,11 +27,13 @@ AQN_HD float at_most(float x, float high) { return x > high ? high : x; }
 
 // 2^e for -149 <= e <= 127.
 AQN_HD float any_exp2_of(int e) {
-  const uint32_t normal = static_cast<uint32_t>(e + 127) << 23, subnormal = 1u << (static_cast<uint32_t>(e + 149) & 31u);
+  const uint32_t normal = static_cast<uint32_t>(e + 127) << 23,
+                 subnormal = 1u << (static_cast<uint32_t>(e + 149) & 31u);
   return float_of(e >= -126 ? normal : subnormal);
 }
 
-// ---- HiFloat8 (arXiv 2409.16626): a prefix code for the width of the exponent ----------------------------------------
+// ---- HiFloat8 (arXiv 2409.16626): a prefix code for the width of the exponent
+// ----------------------------------------
 
 // The code, without its sign, of a magnitude on the grid that is neither Inf nor NaN.
 AQN_HD uint32_t hif8_code_of(uint32_t magnitude) {
@@ -79,8 +81,7 @@ AQN_HD float float_value_of(const Codes& k, uint32_t low) {
   const bool subnormal = k.has_zero && field == 0u;
   const uint32_t significand = (low & (hidden - 1u)) | (subnormal ? 0u : hidden);
   const int binade = static_cast<int>(field) - (k.has_zero && field != 0u ? 1 : 0);
-  return static_cast<float>(static_cast<int32_t>(significand)) *
-         any_exp2_of(k.min_exponent + binade - k.mantissa_bits);
+  return static_cast<float>(static_cast<int32_t>(significand)) * any_exp2_of(k.min_exponent + binade - k.mantissa_bits);
 }
 
 // The code of a value that the format holds; 0 for a NaN that it does not hold.
@@ -91,8 +92,7 @@ AQN_HD uint32_t code_of(const Codes& k, float x) {
     const float steps = x * any_exp2_of(k.mantissa_bits - k.min_exponent);
     return static_cast<uint32_t>(static_cast<int32_t>(steps)) & ((1u << (k.bits - 1) << 1) - 1u);
   }
-  const uint32_t finite =
-      k.spelling == Spelling::kHif8 ? hif8_code_of(magnitude) : float_code_of(k, magnitude);
+  const uint32_t finite = k.spelling == Spelling::kHif8 ? hif8_code_of(magnitude) : float_code_of(k, magnitude);
   const uint32_t code = magnitude == kInfBits ? static_cast<uint32_t>(k.inf) : finite;
   return code | (negative && (code != 0u || k.has_negative_zero) ? k.sign_bit() : 0u);
 }

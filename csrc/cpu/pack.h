@@ -115,8 +115,7 @@ AQN_HD void stream(void* to, const void* from, int64_t bytes) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(t + i), _mm512_loadu_si512(f + i));
 #elif defined(__AVX__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(t + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f + i)));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(t + i), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(f + i)));
 #else
     _mm_stream_si128(reinterpret_cast<__m128i*>(t + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(f + i)));
 #endif
@@ -232,15 +231,16 @@ int64_t pack_elements(const PackArgs& a, const Encoder& encode) {
   const int64_t rows = c.high, columns = c.wide, bytes = packed_bytes(columns, k.bits);
   constexpr int64_t kRun = 16384;
   const int64_t runs = (columns + kRun - 1) / kRun, all = rows * runs;
-  const int64_t per_chunk = std::max<int64_t>(1, kRun / std::max<int64_t>(columns, 1)), chunks = (all + per_chunk - 1) / per_chunk;
+  const int64_t per_chunk = std::max<int64_t>(1, kRun / std::max<int64_t>(columns, 1)),
+                chunks = (all + per_chunk - 1) / per_chunk;
   std::vector<int64_t> lost(k.loses_nan ? chunks : 0, 0);
   for_chunks(chunks, c.threads, [&](int64_t chunk) {
     for (int64_t i = chunk * per_chunk; i < std::min(all, (chunk + 1) * per_chunk); ++i) {
       const int64_t row = i / runs, start = i % runs * kRun, n = std::min(kRun, columns - start);
       const T* x = static_cast<const T*>(c.x) + row * columns + start;
       if (k.loses_nan) lost[chunk] += k.lost(x, n, largest_of(x, n), b);
-      pack_run(static_cast<uint8_t*>(c.y) + row * bytes + packed_bytes(start, k.bits), x, n, encode, b.to_element, k.divides,
-               k.bits);
+      pack_run(static_cast<uint8_t*>(c.y) + row * bytes + packed_bytes(start, k.bits), x, n, encode, b.to_element,
+               k.divides, k.bits);
     }
   });
   return std::accumulate(lost.begin(), lost.end(), int64_t{0});
@@ -254,7 +254,8 @@ int64_t pack_blocks(const PackArgs& a, const Encoder& encode) {
   const StoredScales scales = {a.scale_code, c.scales};
   const int64_t rows = c.high, columns = c.wide, bytes = packed_bytes(columns, k.bits);
   const int64_t block = c.scaling.columns ? c.scaling.columns : columns, blocks = (columns + block - 1) / block;
-  const int64_t all = rows * blocks, per_chunk = std::max<int64_t>(1, 16384 / block), chunks = (all + per_chunk - 1) / per_chunk;
+  const int64_t all = rows * blocks, per_chunk = std::max<int64_t>(1, 16384 / block),
+                chunks = (all + per_chunk - 1) / per_chunk;
   std::vector<int64_t> lost(k.loses_nan ? chunks : 0, 0);
   for_chunks(chunks, c.threads, [&](int64_t chunk) {
     for (int64_t i = chunk * per_chunk; i < std::min(all, (chunk + 1) * per_chunk); ++i) {
@@ -264,8 +265,8 @@ int64_t pack_blocks(const PackArgs& a, const Encoder& encode) {
       const BlockScale b = k.block_scale(amax);
       scales.store(i, b.s);
       if (k.loses_nan) lost[chunk] += k.lost(x, n, amax, b);
-      pack_run(static_cast<uint8_t*>(c.y) + row * bytes + packed_bytes(start, k.bits), x, n, encode, b.to_element, k.divides,
-               k.bits);
+      pack_run(static_cast<uint8_t*>(c.y) + row * bytes + packed_bytes(start, k.bits), x, n, encode, b.to_element,
+               k.divides, k.bits);
     }
   });
   return std::accumulate(lost.begin(), lost.end(), int64_t{0});
@@ -277,7 +278,6 @@ int64_t pack_whole_blocks(const PackArgs& a, const Encoder& encode) {
   constexpr int kBatch = 16, kSize = kBatch * N;
   const PackConstants k(a);
   const CastArgs& c = a.cast;
-  const StoredScales scales = {a.scale_code, c.scales};
   const int64_t all = c.high * (c.wide / N), per_chunk = 16384 / N, chunks = (all + per_chunk - 1) / per_chunk;
   std::vector<int64_t> lost(k.loses_nan ? chunks : 0, 0);
   for_chunks(chunks, c.threads, [&](int64_t chunk) {
@@ -373,7 +373,8 @@ int64_t encode(const EncodeArgs& a) {
   const int64_t bytes = packed_bytes(a.columns, k.bits);
   constexpr int64_t kRun = 4096;
   const int64_t runs = (a.columns + kRun - 1) / kRun, all = a.rows * runs;
-  const int64_t per_chunk = std::max<int64_t>(1, kRun / std::max<int64_t>(a.columns, 1)), chunks = (all + per_chunk - 1) / per_chunk;
+  const int64_t per_chunk = std::max<int64_t>(1, kRun / std::max<int64_t>(a.columns, 1)),
+                chunks = (all + per_chunk - 1) / per_chunk;
   std::vector<int64_t> lost(chunks, 0);
   for_chunks(chunks, a.threads, [&](int64_t chunk) {
     uint32_t words[kRun];
@@ -412,7 +413,8 @@ void decode_wide(float* y, const Code* codes, int n, const Codes& k) {
 class Table {
  public:
   explicit Table(const Codes& k) : bits_(k.bits) {
-    for (uint32_t c = 0; c < 256; ++c) at_[c] = static_cast<uint16_t>(bits_of(value_of(k, c & ((1u << bits_) - 1u))) >> 16);
+    for (uint32_t c = 0; c < 256; ++c)
+      at_[c] = static_cast<uint16_t>(bits_of(value_of(k, c & ((1u << bits_) - 1u))) >> 16);
   }
 
   // `codes` and `values` have room for 32 more.
@@ -508,11 +510,13 @@ AQN_HD int64_t first_scale(const UnpackArgs& a, int64_t row) {
 }
 
 // One factor for each of n values of a row, from `start` on.
-AQN_HD void row_factors(float* factor, const ScaleReader& read, const UnpackArgs& a, int64_t row, int64_t start, int n) {
+AQN_HD void row_factors(float* factor, const ScaleReader& read, const UnpackArgs& a, int64_t row, int64_t start,
+                        int n) {
   const int64_t first = first_scale(a, row), along = row / a.inner % a.along;
   const bool hif4 = a.scale_code == ScaleCode::kHif4;
   for (int i = 0; i < n;) {
-    const int64_t at = start + i, block = at / a.run, length = hif4 ? (a.run == 1 ? 1 : 4 - at % 4) : (block + 1) * a.run - at;
+    const int64_t at = start + i, block = at / a.run,
+                  length = hif4 ? (a.run == 1 ? 1 : 4 - at % 4) : (block + 1) * a.run - at;
     const float f = hif4 ? read.of_hif4(first + block, (a.run == 1 ? along : at) % 64 / 4) : read(first + block);
     for (const int64_t end = std::min<int64_t>(n, i + length); i < end; ++i) factor[i] = f;
   }
@@ -563,7 +567,8 @@ class Unpacker {
   // n values of a row, from `start` on.
   void run(T* to, int64_t row, int64_t start, int n) const {
     const int bits = a_.codes.bits;
-    const uint8_t* from = static_cast<const uint8_t*>(a_.from) + row * packed_bytes(a_.columns, bits) + packed_bytes(start, bits);
+    const uint8_t* from =
+        static_cast<const uint8_t*>(a_.from) + row * packed_bytes(a_.columns, bits) + packed_bytes(start, bits);
     if (bits > 8) return wide(to, from, row, start, n);
     uint8_t codes[kPiece + 32], held[kPiece + 32];
     uint16_t values[kPiece + 32];
@@ -634,7 +639,8 @@ template <class T>
 void unpack_typed(const UnpackArgs& a) {
   const Unpacker<T> unpacker(a);
   const int64_t runs = (a.columns + kPiece - 1) / kPiece, all = a.rows * runs;
-  const int64_t per_chunk = std::max<int64_t>(1, 16384 / std::min<int64_t>(a.columns, kPiece)), chunks = (all + per_chunk - 1) / per_chunk;
+  const int64_t per_chunk = std::max<int64_t>(1, 16384 / std::min<int64_t>(a.columns, kPiece)),
+                chunks = (all + per_chunk - 1) / per_chunk;
   for_chunks(chunks, a.threads, [&](int64_t chunk) {
     T out[kPiece];
     for (int64_t i = chunk * per_chunk; i < std::min(all, (chunk + 1) * per_chunk); ++i) {
