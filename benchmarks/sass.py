@@ -123,11 +123,20 @@ def cases() -> list[Case]:
 # ---- compilers ------------------------------------------------------------------------------------------------------
 
 
-def _wheel() -> Path | None:
-    """Where NVIDIA's wheels of CUDA 13 lie, if there are any."""
+def _wheels() -> list[Path]:
+    """Where NVIDIA's wheels of CUDA 13 lie."""
     spec = find_spec("nvidia")
     places = [Path(p) / "cu13" for p in (spec.submodule_search_locations or [])] if spec else []
-    return next((p for p in places if p.is_dir()), None)
+    return [p for p in places if p.is_dir()]
+
+
+def _in_wheels(name: str) -> Path | None:
+    return next((p / name for p in _wheels() if (p / name).exists()), None)
+
+
+def include_options() -> list[str]:
+    """For nvcc: the headers of the wheels."""
+    return [f"-I{p / 'include'}" for p in _wheels()]
 
 
 def tool(name: str) -> str:
@@ -136,22 +145,20 @@ def tool(name: str) -> str:
     Raises:
         FileNotFoundError: it is in neither.
     """
-    wheel = _wheel()
-    inside = wheel / "bin" / name if wheel else Path(name)
-    path = str(inside) if inside.is_file() else shutil.which(name)
-    if path is None:
+    path = str(_in_wheels(f"bin/{name}") or shutil.which(name) or "")
+    if not path:
         raise FileNotFoundError(f"{name}: not found; pip install nvidia-cuda-{name}, or put a CUDA toolkit on the PATH")
     return path
 
 
 @lru_cache
 def _nvrtc() -> ctypes.CDLL:
-    wheel = _wheel()
-    if wheel is None or not (wheel / "lib" / "libnvrtc.so.13").is_file():
+    library = _in_wheels("lib/libnvrtc.so.13")
+    if library is None:
         return ctypes.CDLL("libnvrtc.so.13")
-    for builtins in (wheel / "lib").glob("libnvrtc-builtins.so.*"):  # which it looks for by name alone
+    for builtins in library.parent.glob("libnvrtc-builtins.so.*"):  # which it looks for by name alone
         ctypes.CDLL(str(builtins))
-    return ctypes.CDLL(str(wheel / "lib" / "libnvrtc.so.13"))
+    return ctypes.CDLL(str(library))
 
 
 def compiled(source: str, arch: str) -> bytes:

@@ -111,7 +111,18 @@ def test_nvcc_compiles_them_too(tmp_path: Path) -> None:
     source.write_text("\n".join(lines) + "\n")
     archs = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHS]
     options = [o.replace("--", "-", 1) if not o.startswith("-std") else o for o in OPTIONS]
-    run = [sass.tool("nvcc"), *options, *archs, f"-I{CSRC}", "-fatbin", "-t0", source, "-o", built]
+    run = [
+        sass.tool("nvcc"),
+        *options,
+        *archs,
+        f"-I{CSRC}",
+        *sass.include_options(),
+        "-fatbin",
+        "-t0",
+        source,
+        "-o",
+        built,
+    ]
     subprocess.run(run, check=True)
     assert built.stat().st_size > 0
 

@@ -51,11 +51,14 @@ class Kernel:
     spec: str = ""
 
     def source(self) -> str:
-        """All of it, for a compiler that is given no headers; the kernel's name is ``run``."""
+        """All of it, for a compiler that is given no headers; the kernel's name is ``run``.
+
+        One block a multiprocessor is asked for: no thread keeps values in memory to make room for another block.
+        """
         return (
             f"{header(self.file)}\n"
             f"namespace aqn::cuda {{\nstruct Spec {{\n{self.spec}}};\n}}\n"
-            f'extern "C" __global__ void __launch_bounds__({THREADS}) run(const aqn::cuda::{self.args} args) {{\n'
+            f'extern "C" __global__ void __launch_bounds__({THREADS}, 1) run(const aqn::cuda::{self.args} args) {{\n'
             f"  using namespace aqn;\n  using namespace aqn::cuda;\n  aqn::cuda::{self.call}(args);\n}}\n"
         )
 
