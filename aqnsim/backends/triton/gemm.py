@@ -141,10 +141,10 @@ class Tiles:
 
 
 def tiles_of(dtype: torch.dtype) -> Tiles:
-    """Such that an accumulator fits the registers: matrix units take bfloat16, fp32 is multiplied without them."""
+    """Such that the sums and what is drawn for each of them fit the registers of 8 warps."""
     if INTERPRETED.value:
         return Tiles(128, 128, 256)
-    return Tiles(128, 128, 64) if dtype == torch.bfloat16 else Tiles(64, 64, 32)
+    return Tiles(128, 64, 64) if dtype == torch.bfloat16 else Tiles(64, 64, 32)
 
 
 def fused_operand(text: str | None) -> Plan | None:
@@ -235,7 +235,7 @@ def run_linear(
         count, width, depth, numbers_of(models), last_hits_of(models),
         XE=xp and xp.element, XS=xp and xp.scaling, WE=wp and wp.element, WS=wp and wp.scaling,
         CHAIN=shape_of(models) if models else None, OE=op and op.element, BIAS=bias is not None, MODE=row_mode(rows),
-        BM=t.rows, BN=t.columns, BK=bk, GROUP=8, elements=t.rows * t.columns // 4,
+        BM=t.rows, BN=t.columns, BK=bk, GROUP=8, elements=4096,
     )  # fmt: skip
     each = [no_stats(x) if s is None else totals(s, models if i == 2 else ()) for i, s in enumerate(sums)]
     return out.reshape(*x.shape[:-1], width), torch.stack(each)
