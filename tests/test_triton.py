@@ -1,8 +1,8 @@
 """The Triton kernels equal the numpy definitions, bit for bit: in Triton's interpreter, without a GPU.
 
 The variable that chooses the interpreter is read as kernels are defined, so checks run in processes of their own. The
-grade is: casts, random words, normals and errors bit-equal, counts equal, sums of squares within 1e-4. A product adds in
-an order of its own, so its operands are small integers, whose sums are exact.
+grade is: casts, random words, normals and errors bit-equal, counts equal, sums of squares within 1e-4. A product adds
+in an order of its own, so its operands are small integers, whose sums are exact.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton-cache"))
 
 
-def casts(arch: int, text: str, dtype: torch.dtype, folder: Path, axis: int = -1, measure: bool = False) -> list[Compiled]:
+def casts(
+    arch: int, text: str, dtype: torch.dtype, folder: Path, axis: int = -1, measure: bool = False
+) -> list[Compiled]:
     x = torch.empty(512, 1024, dtype=dtype)
     return compiled(arch, MODULES, lambda: cast.cast(x, text, axis, KEY, STEP, None, measure), folder)
 
@@ -54,7 +56,9 @@ def assert_wide(kernel: Compiled, loads: str = "ld.global.v4") -> None:
 
 @every_gpu
 @every_dtype
-@pytest.mark.parametrize("text", ["mxfp4", "nvfp4", "hif8", "fp8_e4m3", "fp8_e4m3_token", "mxfp8_e4m3(rounding=stochastic)"])
+@pytest.mark.parametrize(
+    "text", ["mxfp4", "nvfp4", "hif8", "fp8_e4m3", "fp8_e4m3_token", "mxfp8_e4m3(rounding=stochastic)"]
+)
 def test_casts_are_exact_and_wide(arch: int, dtype: torch.dtype, text: str, tmp_path: Path) -> None:
     kernels = casts(arch, text, dtype, tmp_path)
     for kernel in kernels:
@@ -64,7 +68,8 @@ def test_casts_are_exact_and_wide(arch: int, dtype: torch.dtype, text: str, tmp_
 
 
 @pytest.mark.parametrize(
-    "text", ["mxfp4(scale=mse)", "nvfp4(scale=4over6-mse)", "nvfp4(scale=modelopt)", "hif4", "fp8_e4m3_128x128", "int4_g128"]
+    "text",
+    ["mxfp4(scale=mse)", "nvfp4(scale=4over6-mse)", "nvfp4(scale=modelopt)", "hif4", "fp8_e4m3_128x128", "int4_g128"],
 )
 def test_casts_of_other_rules_are_exact(text: str, tmp_path: Path) -> None:
     for kernel in casts(90, text, torch.float32, tmp_path):

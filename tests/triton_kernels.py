@@ -1,5 +1,4 @@
-"""What tests of the Triton backend share: casts and errors beside those of the reference, and kernels compiled for a GPU
-that is not there."""
+"""What tests of the Triton backend share: kernels compiled for a GPU that is not there."""
 
 from __future__ import annotations
 
