@@ -100,6 +100,13 @@ def test_what_is_measured_is_exact_too(dtype: torch.dtype, tmp_path: Path) -> No
     assert_wide(kernel)
 
 
+@every_dtype
+def test_kernels_stay_as_short_as_they_are(dtype: torch.dtype, tmp_path: Path) -> None:
+    (cast_kernel,), (noise_kernel,) = casts(90, "mxfp4", dtype, tmp_path), perturbs(90, NOISE, dtype, tmp_path)
+    assert cast_kernel.per_element() < 32
+    assert noise_kernel.per_element() < 72
+
+
 def test_contraction_is_what_the_option_turns_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from aqnsim.backends.triton import launch
 
