@@ -87,7 +87,7 @@ def narrowed(x, DTYPE: tl.constexpr):
 
     A GPU has an instruction for it. Triton's interpreter drops the low bits instead, and loses subnormals.
     """
-    if DTYPE != tl.bfloat16:
+    if tl.bfloat16 != DTYPE:
         return x
     elif INTERPRETED:
         u = bits_of(x)

@@ -1,4 +1,4 @@
-"""Casts: the twin of ``csrc/cpu/cast.h``. A kernel takes blocks as ``[down, rows, across, columns]`` wherever they lie."""
+"""Casts: the twin of ``csrc/cpu/cast.h``. Blocks are ``[down, rows, across, columns]`` wherever they lie in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from aqnsim.backends.triton.rounding import Element, element, round_to
 from aqnsim.backends.triton.rows import check_draw, check_rows, row_mode, rows_at, shape_in_rows
 from aqnsim.backends.triton.scales import (
     Scaling,
-    at_most_float_max,
     block_scale,
     e8m0_exponent,
     hif4_scaled,
@@ -34,7 +33,9 @@ from aqnsim.formats import AnyFormat, BlockFormat, get, scale_shape
 
 
 @triton.jit
-def amax_kernel(x, amax, high, wide, steps, PER_ROW: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, INDEX: tl.constexpr):
+def amax_kernel(
+    x, amax, high, wide, steps, PER_ROW: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, INDEX: tl.constexpr
+):
     """The bits of the largest magnitude, of each row of ``[batch, high, wide]`` or of all; ``amax`` starts at 0."""
     down, across = tl.cdiv(high, TH), tl.cdiv(wide, TW)
     pid = tl.program_id(0)
@@ -76,7 +77,7 @@ def cast_kernel(
 ):  # fmt: skip
     """NH x NW blocks of R x C elements, in a tile that is filled up to powers of two.
 
-    ``SCALE`` says where a scale comes from: ``none``, ``block`` (the tile), ``row`` and ``tensor`` (``amax``), ``hif4``.
+    ``SCALE`` says where scales come from: ``none``, ``block`` (the tile), ``row`` or ``tensor`` (``amax``), ``hif4``.
     """
     down, across = tl.cdiv(high, R), tl.cdiv(wide, C)
     tiles_down, tiles_across = tl.cdiv(down, NH), tl.cdiv(across, NW)
@@ -150,8 +151,15 @@ def cast_kernel(
     tl.store(y + base + offset, held, mask=inside)
     if MEASURE:
         measure_cast(
-            stats, v, widened(held), scaled, inside, fp32(of(E, "max")), -fp32(of(E, "max_negative")),
-            pid, tl.num_programs(0),
+            stats,
+            v,
+            widened(held),
+            scaled,
+            inside,
+            fp32(of(E, "max")),
+            -fp32(of(E, "max_negative")),
+            pid,
+            tl.num_programs(0),
         )
 
 
@@ -194,7 +202,11 @@ def search_kernel(
         m = tl.maximum(m, u)
     largest = tl.max(m, 1)
 
-    errors0, errors1, errors2 = tl.zeros((N, RP), tl.float32), tl.zeros((N, RP), tl.float32), tl.zeros((N, RP), tl.float32)
+    errors0, errors1, errors2 = (
+        tl.zeros((N, RP), tl.float32),
+        tl.zeros((N, RP), tl.float32),
+        tl.zeros((N, RP), tl.float32),
+    )
     if of(S, "rule") == "mse":
         e = e8m0_exponent(largest, S)
         up, below = tl.minimum(e + 1, 127), tl.maximum(e - 1, -127)

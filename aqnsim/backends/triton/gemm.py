@@ -1,7 +1,7 @@
 """A linear layer in one kernel: both operands cast on their way in, fp32 sums, the error and the cast of the result.
 
-By definition it equals the composition of :mod:`aqnsim.backends.compose`: operands, noise and casts bit for bit, sums up
-to the order in which fp32 adds.
+By definition it equals the composition of :mod:`aqnsim.backends.compose`: operands, noise and casts bit for bit, sums
+up to the order in which fp32 adds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def cast_operand(v, E: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr):
         if of(S, "finite_only"):
             m = tl.where(m < 0x7F800000, m, 0)
         largest = tl.max(m, 2)
-        factor, s, decode = block_scale(largest, largest.to(tl.int32), fp32(1.0), S)
+        factor, _, decode = block_scale(largest, largest.to(tl.int32), fp32(1.0), S)
         blocks = tl.reshape(v, (n, k // C, C))
         blocks = tl.div_rn(blocks, factor[:, :, None]) if of(S, "divides") else blocks * factor[:, :, None]
         scaled = tl.reshape(blocks, (n, k))
@@ -55,7 +55,7 @@ def cast_operand(v, E: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def load_operand(
     x, index, size, k, depth, stats, part, parts, measures,
-    E: tl.constexpr, S: tl.constexpr, MEASURE: tl.constexpr,
+    E: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Rows ``index`` of a contiguous ``[size, depth]`` matrix at columns ``k``, cast along them."""
     inside = (index < size)[:, None] & (k < depth)[None, :]
@@ -64,12 +64,11 @@ def load_operand(
         return v
     else:
         scaled, held = cast_operand(widened(v), E, S, x.dtype.element_ty)
-        if MEASURE:
-            if measures:
-                measure_cast(
-                    stats, widened(v), widened(held), scaled, inside,
-                    fp32(of(E, "max")), -fp32(of(E, "max_negative")), part, parts,
-                )  # fmt: skip
+        if measures:
+            measure_cast(
+                stats, widened(v), widened(held), scaled, inside,
+                fp32(of(E, "max")), -fp32(of(E, "max_negative")), part, parts,
+            )  # fmt: skip
         return held
 
 
@@ -91,11 +90,9 @@ def linear_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for step in range(steps):
         k = step * BK + tl.arange(0, BK)
-        a = load_operand(
-            x, m, count, k, depth, x_stats, pid_m * steps + step, tiles_m * steps, pid_n == 0, XE, XS, True
-        )
+        a = load_operand(x, m, count, k, depth, x_stats, pid_m * steps + step, tiles_m * steps, pid_n == 0, XE, XS)
         b = load_operand(
-            weight, n, width, k, depth, weight_stats, pid_n * steps + step, tiles_n * steps, pid_m == 0, WE, WS, True
+            weight, n, width, k, depth, weight_stats, pid_n * steps + step, tiles_n * steps, pid_m == 0, WE, WS
         )
         if INTERPRETED:  # whose dot takes bfloat16 for integers
             a, b = widened(a), widened(b)
@@ -141,10 +138,10 @@ class Tiles:
 
 
 def tiles_of(dtype: torch.dtype) -> Tiles:
-    """Such that an accumulator fits the registers: matrix units take bfloat16, fp32 is multiplied without them."""
+    """Such that the sums and what is drawn for each of them fit the registers of 8 warps."""
     if INTERPRETED.value:
         return Tiles(128, 128, 256)
-    return Tiles(128, 128, 64) if dtype == torch.bfloat16 else Tiles(64, 64, 32)
+    return Tiles(128, 64, 64) if dtype == torch.bfloat16 else Tiles(64, 64, 32)
 
 
 def fused_operand(text: str | None) -> Plan | None:
@@ -235,7 +232,7 @@ def run_linear(
         count, width, depth, numbers_of(models), last_hits_of(models),
         XE=xp and xp.element, XS=xp and xp.scaling, WE=wp and wp.element, WS=wp and wp.scaling,
         CHAIN=shape_of(models) if models else None, OE=op and op.element, BIAS=bias is not None, MODE=row_mode(rows),
-        BM=t.rows, BN=t.columns, BK=bk, GROUP=8, elements=t.rows * t.columns // 4,
+        BM=t.rows, BN=t.columns, BK=bk, GROUP=8, elements=4096,
     )  # fmt: skip
     each = [no_stats(x) if s is None else totals(s, models if i == 2 else ()) for i, s in enumerate(sums)]
     return out.reshape(*x.shape[:-1], width), torch.stack(each)

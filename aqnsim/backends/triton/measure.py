@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqnsim.backends.triton.bits import bits_of, differs, exp2_of, is_finite, of
+from aqnsim.backends.triton.bits import bits_of, differs, exp2_of, is_finite
 from aqnsim.errors import ErrorModel, rate_of, sigma_of
 from aqnsim.receipts import STATS
 

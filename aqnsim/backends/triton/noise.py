@@ -12,8 +12,6 @@ from aqnsim.backends.triton.bits import abs_of, as_held, bits_of, float_of, is_f
 from aqnsim.errors import ErrorModel
 
 
-
-
 @triton.constexpr_function
 def part_of_key(place: int, part: int) -> int:
     """What is added to the key for one of the things that a model of a chain draws; see :mod:`aqnsim.rng`."""
@@ -152,7 +150,19 @@ def hit_by(y, column, each, row, key, clock, last_hit, MODEL: tl.constexpr, PLAC
 
 @triton.jit
 def missed(
-    y, magnitude, column, each, row, key, clock, a, b, last_hit, MODEL: tl.constexpr, PLACE: tl.constexpr, OUT: tl.constexpr
+    y,
+    magnitude,
+    column,
+    each,
+    row,
+    key,
+    clock,
+    a,
+    b,
+    last_hit,
+    MODEL: tl.constexpr,
+    PLACE: tl.constexpr,
+    OUT: tl.constexpr,
 ):
     """``y`` after a model of a chain, and the values that it hit. Infinities and NaNs pass unchanged."""
     KIND: tl.constexpr = kind_of(MODEL)
@@ -179,11 +189,11 @@ def missed(
         result = tl.where(hit, a, y)
     else:  # bit-flip, of the pattern that the output holds
         y = as_held(y, OUT)
-        LOW: tl.constexpr = 16 if OUT == tl.bfloat16 else 0
+        LOW: tl.constexpr = 16 if tl.bfloat16 == OUT else 0
         hit = hit_by(y, column, each, row, key, clock, last_hit, MODEL, PLACE)
         if of(MODEL, "bit") < 0:
             key, word = coordinates(key, clock, of(MODEL, "draw"), PLACE, 1)
-            bit = words_of(column, row, key, word) >> (28 if OUT == tl.bfloat16 else 27)
+            bit = words_of(column, row, key, word) >> (28 if tl.bfloat16 == OUT else 27)
         else:
             bit = tl.full((), of(MODEL, "bit"), tl.uint32)
         flip = tl.full(y.shape, 1, tl.uint32) << (bit + LOW)

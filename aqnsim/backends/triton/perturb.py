@@ -1,4 +1,4 @@
-"""Errors of logical coordinates: the twin of ``csrc/cpu/perturb.h``. A chain is one kernel; its numbers are arguments."""
+"""Errors of logical coordinates: the twin of ``csrc/cpu/perturb.h``. A chain is one kernel, its numbers arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from aqnsim.errors import (
     Spike,
     Stuck,
     SystematicBias,
-    sigma_of,
 )
 
 _NUMBERS: dict[type[ErrorModel], tuple[str, ...]] = {  # what of a model a kernel takes as arguments a and b

@@ -116,7 +116,9 @@ def tensor_scale(amax, S: tl.constexpr):
         encode = tl.div_rn(amax, fp32(2688.0))
         decode, stored = one, encode
     elif of(S, "rule") == "compressed_tensors":  # so torch divides a number by a tensor
-        encode = 2688.0 * tl.div_rn(one, tl.where(amax < fp32(1.1754943508222875e-38), fp32(1.1754943508222875e-38), amax))
+        encode = 2688.0 * tl.div_rn(
+            one, tl.where(amax < fp32(1.1754943508222875e-38), fp32(1.1754943508222875e-38), amax)
+        )
         encode = tl.where(is_finite(encode), encode, one)
         decode, stored = one, encode
     elif of(S, "rule") == "qutlass":  # a block's scale holds its largest magnitude itself
@@ -223,7 +225,8 @@ def hif4_scaled(x, S: tl.constexpr):
     inner = (reached >= 2.0).to(tl.int32)
     shift = tl.reshape(tl.broadcast_to((spread + inner)[:, :, None], (n, 16, 4)), (n, 64))
     m = as_held((abs_of(x) * inverse[:, None]) * exp2_of(-shift), tl.bfloat16)
-    scaled = tl.where(finite[:, None], tl.where(x < 0.0, -m, m), fp32(float("nan")))
+    m = tl.where(x < 0.0, float_of(bits_of(m) | 0x80000000), m)  # Triton 3.6 takes -m for 0 - m, which loses -0
+    scaled = tl.where(finite[:, None], m, fp32(float("nan")))
     decode = exp2_of(shift) * tl.where(finite, scale, fp32(float("nan")))[:, None]
     levels = ((bits_of(scale) >> 21) - ((127 - 48) << 2)).to(tl.int32)
     levels |= tl.sum(outer.to(tl.int32) << (8 + tl.arange(0, 8))[None, :], 1)
