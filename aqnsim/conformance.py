@@ -171,7 +171,7 @@ def run(
 def _offers(offered: set[str]) -> Check:
     """A backend is one from ``cast`` and ``perturb`` on; laws of ops that it lacks do not apply to it."""
     lacking = [op for op in backends.OPS if op not in offered]
-    detail = f"has no {', '.join(lacking)}" if lacking else "every op"
+    detail = f"no {', '.join(lacking)}" if lacking else "every op"
     return Check("offers", "bit", {"cast", "perturb"} <= offered, detail)
 
 

@@ -49,7 +49,7 @@ def _run(given: argparse.Namespace) -> int:
         for row in suites.rows(s, given.peers):
             rows.append(row)
             print(f"{row.kernel} {row.dtype}: {row.spread.median:.3g} {row.metric}", file=sys.stderr, flush=True)
-    about = records.environment(wanted[0].backend, wanted[0].device)
+    about = records.environment([s.backend for s in wanted], wanted[0].device)
     table = records.aligned(records.table(rows))
     judged = [row.met for row in rows if row.met is not None]
     print(f"{table}\n\n{sum(judged)} of {len(judged)} targets are met; {about}")

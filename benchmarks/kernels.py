@@ -235,13 +235,13 @@ def rows(s: Setting) -> Iterator[Row]:
 
 
 def timed(s: Setting, kernels: list[Kernel], x: Tensor, judged: bool) -> Iterator[Row]:
-    """Kernels on one tensor, in the same rounds as what they are timed beside; targets are for large tensors."""
+    """Kernels on one tensor, each by turns with what it is timed beside: nothing runs between the two that could warm
+    caches or clocks for one of them. Targets are for large tensors."""
     others = _others(x, torch.empty_like(x))
-    candidates = {name: call for name, (call, _) in others.items() if any(k.beside == name for k in kernels)}
-    candidates |= {k.name: k.prepare(s, x) for k in kernels}
-    seconds = alternate(candidates, s.repeats, s.clock)
     for k in kernels:
-        if k.name not in seconds:
+        beside, moved = others[k.beside]
+        seconds = alternate({k.beside: beside, k.name: k.prepare(s, x)}, s.repeats, s.clock)
+        if len(seconds) < 2:
             continue
         yield Row(
             suite=s.suite,
@@ -253,7 +253,7 @@ def timed(s: Setting, kernels: list[Kernel], x: Tensor, judged: bool) -> Iterato
             seconds=seconds[k.name],
             beside=k.beside,
             beside_seconds=seconds[k.beside],
-            beside_moved=others[k.beside][1],
+            beside_moved=moved,
             metric=k.metric,
             target=k.targets.get(x.dtype) if judged else None,
         )

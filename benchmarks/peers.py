@@ -7,6 +7,7 @@ A library that is not installed is left out and named. microxcaling is on no pac
 from __future__ import annotations
 
 import fnmatch
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -229,9 +230,12 @@ def _compiled(name: str, cast: Cast, x: Tensor) -> dict[str, Call]:
     """The cast under ``torch.compile``, where that works; where not, the reason is printed."""
     torch._dynamo.reset()
     run = torch.compile(cast)
+    logging.disable(logging.CRITICAL)  # the compiler prints what it failed on, which is pages
     try:
         run(x)
     except Exception as error:  # whatever another library's code does to the compiler
         print(f"peer {name} does not compile: {type(error).__name__}", file=sys.stderr)
         return {}
+    finally:
+        logging.disable(logging.NOTSET)
     return {f"{name}, compiled": lambda: run(x)}

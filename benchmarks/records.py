@@ -118,7 +118,7 @@ def spread_of(row: Row, metric: str) -> Spread:
 # ---- the environment ------------------------------------------------------------------------------------------------
 
 
-def environment(backend: str, device: str) -> dict[str, Any]:
+def environment(backends: Sequence[str], device: str) -> dict[str, Any]:
     """What the timings depend on."""
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -129,10 +129,10 @@ def environment(backend: str, device: str) -> dict[str, Any]:
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "backend": backend,
+        "backend": ", ".join(dict.fromkeys(backends)),
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
     }
-    if backend == "cpu":
+    if "cpu" in backends:
         from aqnsim import _core
 
         found["isa"] = _core.isa()
@@ -179,8 +179,8 @@ def write(path: Path, text: str) -> None:
 
 def save(path: Path, rows: Iterable[Row], about: dict[str, Any]) -> None:
     """Rows and their environment as JSON."""
-    record = {"environment": about, "rows": [dataclasses.asdict(row) for row in rows]}
-    write(path, json.dumps(record, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
+    write(path, f'{{"environment": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n')
 
 
 def load(path: Path) -> tuple[list[Row], dict[str, Any]]:

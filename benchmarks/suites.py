@@ -103,7 +103,8 @@ def _pass(backend: str, device: str, quick: bool) -> None:
             + shown
         )
     spent = time.perf_counter() - start
-    print(f"gate: backend {backend!r} on {device} passes {len(checks)} checks in {spent:.0f} s", flush=True)
+    has = checks[0].detail
+    print(f"gate: backend {backend!r} on {device}, {has}, passes {len(checks)} checks in {spent:.0f} s", flush=True)
 
 
 def rows(s: Setting, peers: bool = False) -> Iterator[Row]:

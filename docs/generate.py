@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import families
+import measurements
 import numerics
 
 from aqnsim import accumulator, errors, profiles
@@ -24,7 +25,7 @@ from aqnsim.cli.tables import backend_table, format_table, profile_table
 from aqnsim.profiles.texts import FIELD_MEANINGS, KIND_MEANINGS, fields_by_kind
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md", "docs/profiles.md")
+PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md", "docs/profiles.md", "docs/performance.md")
 
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -74,6 +75,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "scales": numerics.scale_table,
     "ties": numerics.tie_table,
     "units": unit_table,
+    **measurements.TABLES,
 }
 
 

@@ -124,7 +124,7 @@ arguments = "run --suite cuda --backend reference --device cpu --quick --repeats
 sys.exit(main([*arguments.split(), "--save", sys.argv[1]]))
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert "gate: backend 'reference' on cpu passes" in done.stdout, done.stderr
+    assert "gate: backend 'reference' on cpu, every op, passes" in done.stdout, done.stderr
     assert done.returncode == 0, done.stderr
     assert "no pictures: matplotlib is not installed" in done.stdout
 
@@ -244,6 +244,26 @@ def test_a_record_is_whole_or_not_there(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.json"]
     assert records.load(tmp_path / "new" / "r.json") == ([row([1.0, 2.0])], {"commit": "x"})
     assert json.loads((tmp_path / "new" / "r.json").read_text())["rows"][0]["seconds"] == [1.0, 2.0]
+
+
+def test_pages_show_the_newest_record_of_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import measurements
+
+    monkeypatch.setattr(measurements, "RECORDS", tmp_path)
+    assert {name: len(table()) for name, table in measurements.TABLES.items()} == dict.fromkeys(measurements.TABLES, 1)
+    about = {"commit": "c0ffee", "cpu": "a chip", "threads": 2, "backend": "cpu", "packages": {"torch": "2"}}
+    old = row([1.0] * 3, suite="cpu", dtype="float32", target=0.9)
+    new = row([2.0] * 3, suite="cpu", dtype="float32", target=0.9)
+    other = row([3.0] * 3, suite="scaling")
+    records.save(tmp_path / "z-old.json", [old, other], about | {"date": "2026-01-01T00:00:00"})
+    records.save(tmp_path / "a-new.json", [new], about | {"date": "2026-01-02T00:00:00", "isa": "avx2"})
+    cpu = measurements.TABLES["benchmark-cpu"]()
+    assert cpu[1:] == [("k", "float32", "0.5 of copy_", "0.5 to 0.5", "0.75", "at least 0.9", "no", "copy_")]
+    assert measurements.TABLES["benchmark-walls"]()[1:] == [("cpu", "float32", "0.0", "4.00", "2.67")]
+    assert measurements.TABLES["benchmark-scaling"]()[1][:3] == ("k", "4000000000", "0")
+    machines = [line[3] for line in measurements.TABLES["benchmark-environments"]()[1:]]
+    assert machines == ["a chip, 2 threads", "a chip, avx2 2 threads"]
 
 
 def test_a_picture_is_of_what_there_is() -> None:

@@ -95,7 +95,7 @@ def test_blocks_of_every_magnitude(host: Kernels, text: str) -> None:
 def test_quantize_gives_the_same_parts(host: Kernels, text: str) -> None:
     x = normal_tensor(35, 3, 48, seed=6)
     for axis in axes_of(text, 3):
-        parts = host.quantize(x, text, axis, KEY, STEP, None), cpu.quantize(x, text, axis, KEY, STEP, None)
+        parts = host.elements(x, text, axis, KEY, STEP, None), cpu.elements(x, text, axis, KEY, STEP, None)
         for got, expected in zip(*parts, strict=True):
             assert torch.equal(got, expected) if got.dtype == torch.int32 else same_bits(got, expected)
 
@@ -119,7 +119,7 @@ def test_cast_of_empty_and_scalar_tensors(host: Kernels, name: str, dtype: torch
     x = torch.full(shape, 1.3, dtype=dtype)
     assert_same_cast(host, x, name)
     for got, expected in zip(
-        host.quantize(x, name, -1, 0, STEP, None), slow.quantize(x, name, -1, 0, STEP, None), strict=True
+        host.elements(x, name, -1, 0, STEP, None), slow.elements(x, name, -1, 0, STEP, None), strict=True
     ):
         assert torch.equal(got, expected)
 

@@ -71,7 +71,7 @@ def check_cast(x: Tensor, text: str, axis: int = -1, rows: Tensor | None = None)
 
 
 def check_quantize(x: Tensor, text: str, axis: int = -1) -> None:
-    got, expected = (q(x, text, axis, KEY, STEP, None) for q in (cast.quantize, slow.quantize))
+    got, expected = (q(x, text, axis, KEY, STEP, None) for q in (cast.elements, slow.elements))
     if not all(same_bits(a.float(), b.float()) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True)):
         print(f"quantize of {list(x.shape)} to {text} along {axis}")
 

@@ -8,11 +8,12 @@ widened to fp32. Both add in fp32; which sums are rounded is the host's matter (
 from __future__ import annotations
 
 import math
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from aqnsim import _core
 from aqnsim._errors import ConfigError
 
 _PARALLEL_FROM = 1 << 18  # products: below, waking threads costs more than they save
@@ -20,12 +21,22 @@ _PARALLEL_FROM = 1 << 18  # products: below, waking threads costs more than they
 
 def unit() -> str:
     """What multiplies bf16 matrices: ``vdpbf16ps``, or ``torch fp32`` where the processor lacks it."""
-    return "vdpbf16ps" if _core.has_product() else "torch fp32"
+    return "vdpbf16ps" if _has_product() else "torch fp32"
+
+
+@cache
+def _has_product() -> bool:
+    """Whether the kernels of the CPU are built, which a machine with a GPU may lack, and the processor runs this one."""
+    if find_spec("aqnsim._core") is None:
+        return False
+    from aqnsim import _core
+
+    return bool(_core.has_product())
 
 
 def multiplies(a: Tensor, b: Tensor) -> bool:
     """Whether the kernel of ours multiplies these."""
-    return a.dtype == b.dtype == torch.bfloat16 and bool(_core.has_product())
+    return a.dtype == b.dtype == torch.bfloat16 and _has_product()
 
 
 def gemm(a: Tensor, b: Tensor) -> Tensor:
@@ -60,6 +71,8 @@ def product(
     Raises:
         ConfigError: shapes that do not fit.
     """
+    from aqnsim import _core
+
     if min(a.dim(), b.dim()) < 2 or a.shape[-1] != b.shape[-2] or (bias is not None and bias.shape != b.shape[-1:]):
         raise ConfigError(
             f"product: expected [..., m, k], [..., k, n] and a bias [n], got {list(a.shape)}, {list(b.shape)} and "

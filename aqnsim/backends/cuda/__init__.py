@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from aqnsim._errors import BackendError, ConfigError
+from aqnsim.accumulator import HOST
 from aqnsim.backends import Backend, register
 from aqnsim.backends.checks import check_chain, check_dtype, check_gemm, check_rows, shape_in_rows
-from aqnsim.backends.compose import compositions
+from aqnsim.backends.compose import compositions, packings
 from aqnsim.backends.cuda import kernels
 from aqnsim.backends.cuda.kernels import SUMS, THREADS, Kernel
 from aqnsim.backends.cuda.launch import Launcher, Nvrtc
@@ -121,7 +122,7 @@ class Kernels:
         """What a backend offers: the primitives and the ops composed of them."""
         return {
             "cast": self.cast,
-            "quantize": self.quantize,
+            **packings(self.elements),
             "perturb": self.perturb,
             "gemm": self.gemm,
             **compositions(self.cast, self.perturb, self.gemm),
@@ -192,7 +193,7 @@ class Kernels:
         out, parts, _ = self._run_cast(x, fmt, axis, key, step, rows, MEASURED if measure else PLAIN)
         return out, self._finished(parts, x)
 
-    def quantize(
+    def elements(
         self, x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         f = get(fmt)
@@ -263,6 +264,8 @@ class Kernels:
         return out, self._finished(parts, y, models)
 
     def gemm(self, a: Tensor, b: Tensor, text: str) -> Tensor:
+        if text == HOST:
+            return a.float() @ b.float()
         shape = check_gemm(a, b)
         a, b = a.contiguous(), b.contiguous()
         out = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32, device=a.device)

@@ -11,26 +11,29 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from aqnsim._errors import BackendError
+from aqnsim.accumulator import HOST
 
 if find_spec("triton") is None:
     raise BackendError("backend 'triton' needs Triton, which is not installed: pip install 'aqnsim[triton]'")
 
 from aqnsim.backends import Backend, register
-from aqnsim.backends.compose import compositions
+from aqnsim.backends.compose import compositions, packings
 from aqnsim.backends.triton import cast, gemm, perturb
 from aqnsim.backends.triton.bits import INTERPRETED
 
 
-def no_gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
-    """Accumulators are emulated on the CPU alone.
+def torch_gemm(a: Tensor, b: Tensor, text: str) -> Tensor:
+    """torch's product in fp32: accumulators are emulated elsewhere.
 
     Raises:
-        BackendError: always.
+        BackendError: an accumulator.
     """
-    raise BackendError(f"backend 'triton' has no kernel for accumulator {text!r}; available: cpu, reference")
+    if text == HOST:
+        return a.float() @ b.float()
+    raise BackendError(f"backend 'triton' has no kernel for accumulator {text!r}; available: cpu, cuda, reference")
 
 
-_COMPOSED = compositions(cast.cast, perturb.perturb, no_gemm)
+_COMPOSED = compositions(cast.cast, perturb.perturb, torch_gemm)
 
 BACKEND = register(
     Backend(
@@ -38,7 +41,7 @@ BACKEND = register(
         devices=("cpu", "cuda") if INTERPRETED.value else ("cuda",),
         ops={
             "cast": cast.cast,
-            "quantize": cast.quantize,
+            **packings(cast.elements),
             "perturb": perturb.perturb,
             **_COMPOSED,
             "linear": gemm.fused(_COMPOSED["linear"]),

@@ -439,7 +439,7 @@ def cast(
     return out, no_stats(x, measure) if stats is None else totals(stats)
 
 
-def quantize(
+def elements(
     x: Tensor, fmt: str, axis: int, key: int, step: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     p = plan(fmt)
