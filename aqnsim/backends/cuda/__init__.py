@@ -63,7 +63,8 @@ def cast_kernel(
     """The kernel that casts a tensor of that view, and how many values a thread takes at a time."""
     fmt = get(text)
     call, values = cast_call(fmt, view, _TYPES[dtype], mode)
-    return Kernel("cast.cuh", call, "CastArgs", kernels.format_spec(fmt, whole_draws)), values
+    alone = call.startswith("cast_held") and random_bits(fmt) > 0  # a block and its random words fill the registers
+    return Kernel("cast.cuh", call, "CastArgs", kernels.format_spec(fmt, whole_draws), alone), values
 
 
 @lru_cache(maxsize=1024)

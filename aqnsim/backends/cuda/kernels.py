@@ -43,22 +43,22 @@ class Kernel:
         call: the function and its template arguments.
         args: the struct that it takes.
         spec: the body of the struct Spec that its template arguments name.
+        alone: whether one block a multiprocessor is enough, so that threads may take all registers.
     """
 
     file: str
     call: str
     args: str
     spec: str = ""
+    alone: bool = False
 
     def source(self) -> str:
-        """All of it, for a compiler that is given no headers; the kernel's name is ``run``.
-
-        One block a multiprocessor is asked for: no thread keeps values in memory to make room for another block.
-        """
+        """All of it, for a compiler that is given no headers; the kernel's name is ``run``."""
+        bounds = f"{THREADS}, 1" if self.alone else str(THREADS)
         return (
             f"{header(self.file)}\n"
             f"namespace aqn::cuda {{\nstruct Spec {{\n{self.spec}}};\n}}\n"
-            f'extern "C" __global__ void __launch_bounds__({THREADS}, 1) run(const aqn::cuda::{self.args} args) {{\n'
+            f'extern "C" __global__ void __launch_bounds__({bounds}) run(const aqn::cuda::{self.args} args) {{\n'
             f"  using namespace aqn;\n  using namespace aqn::cuda;\n  aqn::cuda::{self.call}(args);\n}}\n"
         )
 
