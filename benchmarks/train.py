@@ -77,7 +77,10 @@ def _unmeasured() -> str:
         def quiet(op: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *args: op(*args[:-1], False)
 
-        ops = {**cpu, **compositions(quiet(cpu["cast"]), quiet(cpu["perturb"]), cpu["gemm"], quiet(missed), quiet(finish))}
+        ops = {
+            **cpu,
+            **compositions(quiet(cpu["cast"]), quiet(cpu["perturb"]), cpu["gemm"], quiet(missed), quiet(finish)),
+        }
         backends.register(backends.Backend(name=name, devices=("cpu",), ops=ops))
     return name
 

@@ -65,7 +65,7 @@ def test_without_triton_the_error_names_the_extra() -> None:
 
 
 def test_accumulators_are_refused() -> None:
-    from aqnsim.backends.triton import no_gemm
+    from aqnsim.backends.triton import torch_gemm
 
     with pytest.raises(BackendError, match="no kernel for accumulator"):
-        no_gemm(torch.ones(2, 2), torch.ones(2, 2), "accumulator(fraction_bits=6)")
+        torch_gemm(torch.ones(2, 2), torch.ones(2, 2), "accumulator(fraction_bits=6)")

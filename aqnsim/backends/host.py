@@ -20,7 +20,7 @@ _PARALLEL_FROM = 1 << 18  # products: below, waking threads costs more than they
 
 
 def unit() -> str:
-    """What multiplies bf16 matrices: ``vdpbf16ps``, or ``torch fp32`` where the processor lacks it."""
+    """What multiplies bf16 matrices."""
     return "vdpbf16ps" if _has_product() else "torch fp32"
 
 
