@@ -38,6 +38,7 @@ from aqnsim._errors import ConfigError
 from aqnsim.backends import cuda
 from aqnsim.backends.cuda.kernels import OPTIONS, Kernel
 from aqnsim.errors import chain
+from benchmarks.records import aligned, write
 
 
 @dataclass(frozen=True)
@@ -304,18 +305,14 @@ def page_with_table(text: str) -> str:
 
 
 def main() -> None:
-    from benchmarks.__main__ import print_table  # here: it brings in what trains a model
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=__doc__.partition("\n")[0])
     parser.add_argument("--page", type=Path, help="rewrite the table of this page between its marks instead")
     page = parser.parse_args().page
     if page is None:
-        print_table([dict(zip(HEADER, row, strict=True)) for row in rows()])
+        print(aligned([HEADER, *rows()]))
         return
     text = page_with_table(page.read_text(encoding="utf-8"))
-    temporary = page.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, page)
+    write(page, text)
 
 
 if __name__ == "__main__":

@@ -411,7 +411,7 @@ def test_a_backend_that_lacks_an_op_is_an_error_that_names_those_that_have_it() 
     backends._REGISTERED["casts-only"] = backends.Backend("casts-only", ("cpu",), {})
     try:
         aqnsim.use_backend("casts-only")
-        with pytest.raises(BackendError, match="'casts-only' lacks 'cast' for cpu; available: cpu, reference"):
+        with pytest.raises(BackendError, match="'casts-only' lacks 'cast_out' for cpu; available: cpu, reference"):
             aqnsim.cast(torch.ones(4), "mxfp4")
     finally:
         del backends._REGISTERED["casts-only"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from aqnsim._errors import BackendError, unknown
@@ -50,6 +51,7 @@ class Backend:
 
 # Built-in backends are imported on first use: a name here costs nothing.
 _MODULES = {name: f"aqnsim.backends.{name}" for name in ("cpu", "cuda", "reference", "triton")}
+_NEEDS = {"cuda": "cupy", "triton": "triton"}
 _REGISTERED: dict[str, Backend] = {}
 _CHOSEN = {"cpu": "cpu", "cuda": "cuda"}
 
@@ -72,6 +74,12 @@ def register(backend: Backend) -> Backend:
 def names() -> list[str]:
     """All known backends."""
     return sorted({*_MODULES, *_REGISTERED})
+
+
+def lacks(name: str) -> str | None:
+    """The package that a backend needs and that is not installed; None where nothing is missing."""
+    package = _NEEDS.get(name)
+    return package if package and name not in _REGISTERED and find_spec(package) is None else None
 
 
 def get(name: str) -> Backend:
@@ -119,7 +127,8 @@ def resolve(op: str, device: str) -> Callable[..., Any]:
         )
     backend = get(_CHOSEN[device])
     if op not in backend.ops:
-        having = [n for n in names() if op in get(n).ops and device in get(n).devices]
+        installed = [n for n in names() if not lacks(n)]
+        having = [n for n in installed if op in get(n).ops and device in get(n).devices]
         raise BackendError(
             f"backend {backend.name!r} lacks {op!r} for {device}; available: {', '.join(having) or 'none'}"
         )

@@ -26,7 +26,7 @@ def unit() -> str:
 
 @cache
 def _has_product() -> bool:
-    """Whether the kernels of the CPU are built, which a machine with a GPU may lack, and the processor runs this one."""
+    """Whether the CPU kernels are built, which a machine with a GPU may lack, and the processor runs this one."""
     if find_spec("aqnsim._core") is None:
         return False
     from aqnsim import _core

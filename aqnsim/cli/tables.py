@@ -111,6 +111,9 @@ def backend_table() -> Table:
     chosen = backends.chosen()
     rows: Table = [("name", "devices", "serves", "bf16 products", "ops")]
     for name in backends.names():
+        if package := backends.lacks(name):
+            rows.append((name, "-", "-", "-", f"needs {package}, which is not installed: aqnsim[{name}]"))
+            continue
         backend = backends.get(name)
         serves = [device for device, server in chosen.items() if server == name]
         unit = host.unit() if "cpu" in backend.devices else "-"
