@@ -7,7 +7,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from aqnsim import formats
 from aqnsim.backends import cpu
 from aqnsim.backends import reference as slow
 from aqnsim.backends.checks import shape_in_rows
+from aqnsim.backends.fields import blocks_view, element_fields, needs_amax, scaling_fields
 from aqnsim.errors import RelativeGaussian
-from aqnsim.formats import BlockFormat, element_of
+from aqnsim.formats import element_of
 from aqnsim.rng import coordinates, key_of
 
 SOURCES = Path(__file__).parent.parent / "csrc" / "cpu"
@@ -75,18 +75,13 @@ def number(value: Any) -> str:
     return str(int(pattern) % 2**64)
 
 
-def arguments(monkeypatch: pytest.MonkeyPatch, x: Tensor, text: str, axis: int) -> list[object]:
+def arguments(x: Tensor, text: str, axis: int) -> list[object]:
     fmt = formats.get(text)
-    monkeypatch.setattr(cpu, "_core", SimpleNamespace(Element=dict, Scaling=dict))
-    element = cpu._element(element_of(fmt))
-    none = {"rule": 0, "rows": 0, "columns": 0, "emax": 0, "carry_from": 0, "zero_exponent": 0}
-    scaling = cpu._scaling(fmt) if isinstance(fmt, BlockFormat) else {**none, "finite_only": False, "largest": 0.0}
-    monkeypatch.undo()
-    shape, row_major = cpu._view(fmt, tuple(x.shape), axis)
+    element, scaling = element_fields(element_of(fmt)), scaling_fields(fmt)
+    shape, row_major = blocks_view(fmt, tuple(x.shape), axis)
     draws = (shape_in_rows(x)[1], *coordinates(KEY, int(STEP))) if formats.random_bits(fmt) else (0, 0, 0)
-    by_tensor = isinstance(fmt, BlockFormat) and (fmt.scale_format == "fp8_e4m3" or fmt.block == "tensor")
     code = cpu._DTYPES[x.dtype]
-    return [code, *shape, row_major, by_tensor, *draws, *element.values(), *scaling.values()]  # type: ignore[attr-defined]
+    return [code, *shape, row_major, needs_amax(fmt), *draws, *element.values(), *scaling.values()]
 
 
 def values() -> Tensor:
@@ -101,14 +96,14 @@ def values() -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("text", FORMATS)
-def test_casts_on_aarch64(driver: Driver, monkeypatch: pytest.MonkeyPatch, text: str, dtype: torch.dtype) -> None:
+def test_casts_on_aarch64(driver: Driver, text: str, dtype: torch.dtype) -> None:
     x = values().to(dtype)
     finite = torch.where(x.isfinite(), x, torch.ones((), dtype=dtype))
     for t, axis in ((finite[:, :256].contiguous(), 1), (x, 1), (x, 0)):
         if text == "fp8_e4m3_tensor" and t is x:
             continue  # one NaN is all that would be seen
         expected = slow.cast(t, text, axis, KEY, STEP, None, False)[0]
-        assert same_bits(driver("cast", t, *arguments(monkeypatch, t, text, axis)), expected)
+        assert same_bits(driver("cast", t, *arguments(t, text, axis)), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
