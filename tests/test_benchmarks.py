@@ -155,7 +155,7 @@ def test_a_run_leaves_a_record_a_table_and_a_picture(
     assert command.main(arguments.split()) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"one.json", "one.txt", "one-limits.png", "one-scaling.png"}
     rows, about = records.load(tmp_path / "one.json")
-    assert about["isa"] in ("baseline", "avx2", "avx512")
+    assert about["isa"] in ("baseline", "avx2", "avx512", "avx512bf16")
     assert {"commit", "date", "cpu", "threads", "packages"} <= about.keys()
     assert {r.suite for r in rows} == {"cpu", "scaling"}
     assert (tmp_path / "one.txt").read_text().strip() in capsys.readouterr().out

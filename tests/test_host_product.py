@@ -95,7 +95,7 @@ def test_a_fused_product_is_the_composition(dtype: torch.dtype, error: str, m: i
             args = (a, b, HOST, shift, is_missed, error, 12345, CLOCK, ids, dtype, True)
             (y, stats), (expected, measured) = cpu.missed(*args), COMPOSED(*args)
             assert same_bits(y, expected)
-            torch.testing.assert_close(stats, measured, rtol=1e-9, atol=0)
+            torch.testing.assert_close(stats, measured, rtol=1e-6, atol=0)
             assert same_bits(cpu.missed(*args[:-1], False)[0], expected)
 
 
