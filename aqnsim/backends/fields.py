@@ -69,7 +69,7 @@ def element_fields(e: Format) -> dict[str, Any]:
     }
 
 
-def _carry_from(fmt: BlockFormat) -> int:
+def carry_from(fmt: BlockFormat) -> int:
     """The fraction bits of a block's largest magnitude from which its rule takes the next power of two."""
     e, never = fmt.element, 1 << 23
     width = e.mantissa_bits - e.is_integer
@@ -94,7 +94,7 @@ def scaling_fields(fmt: AnyFormat) -> dict[str, Any]:
         rows,
         columns,
         fmt.element.max_exponent,
-        _carry_from(fmt),
+        carry_from(fmt),
         0 if fmt.zero_scale == "one" else -127,
         fmt.special == "element",
         float32(largest),

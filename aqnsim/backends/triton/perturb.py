@@ -13,34 +13,14 @@ from torch import Tensor
 
 from aqnsim._errors import BackendError
 from aqnsim.backends.checks import check_chain, check_dtype
+from aqnsim.backends.fields import KINDS, model_numbers
 from aqnsim.backends.half import perturbs_half
 from aqnsim.backends.triton.bits import as_held, narrowed, of, widened
 from aqnsim.backends.triton.launch import TILE, launch, power_of_two
 from aqnsim.backends.triton.measure import measure_perturb, no_stats, partial_sums, totals
 from aqnsim.backends.triton.noise import at, kind_of, length, missed
 from aqnsim.backends.triton.rows import check_rows, row_mode, rows_at, shape_in_rows
-from aqnsim.errors import (
-    AbsoluteGaussian,
-    BitFlip,
-    DeadZone,
-    ErrorModel,
-    RelativeGaussian,
-    Saturation,
-    Spike,
-    Stuck,
-    SystematicBias,
-)
-
-_NUMBERS: dict[type[ErrorModel], tuple[str, ...]] = {  # what of a model a kernel takes as arguments a and b
-    RelativeGaussian: ("sigma",),
-    AbsoluteGaussian: ("sigma",),
-    SystematicBias: ("gain", "offset"),
-    DeadZone: ("threshold",),
-    Saturation: ("limit",),
-    Spike: ("size",),
-    Stuck: ("value",),
-    BitFlip: (),
-}
+from aqnsim.errors import ErrorModel
 
 
 @triton.jit
@@ -113,9 +93,9 @@ def numbers_of(models: Sequence[ErrorModel]) -> tuple[float, ...]:
         BackendError: kernels have no branch for a model.
     """
     for m in models:
-        if type(m) not in _NUMBERS:
-            raise BackendError(f"backend 'triton' has no kernel for {m}; it has: {', '.join(k.kind for k in _NUMBERS)}")
-    return tuple(n for m in models for n in (*(getattr(m, field) for field in _NUMBERS[type(m)]), 0.0, 0.0)[:2])
+        if type(m) not in KINDS:
+            raise BackendError(f"backend 'triton' has no kernel for {m}; it has: {', '.join(k.kind for k in KINDS)}")
+    return tuple(n for m in models for n in model_numbers(m))
 
 
 @lru_cache(maxsize=4096)
@@ -129,7 +109,7 @@ def last_hits_of(models: Sequence[ErrorModel]) -> tuple[int, ...]:
 def shape_of(models: Sequence[ErrorModel]) -> tuple[ErrorModel, ...]:
     """A chain without its numbers: what a kernel is compiled for."""
     return tuple(
-        dataclasses.replace(m, **dict.fromkeys([*_NUMBERS[type(m)], *(["rate"] if hasattr(m, "rate") else [])], 1.0))
+        dataclasses.replace(m, **dict.fromkeys([*KINDS[type(m)], *(["rate"] if hasattr(m, "rate") else [])], 1.0))
         for m in models
     )
 

@@ -3,13 +3,13 @@ and ``hif4.h``; a kernel is compiled for one format."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import triton
 import triton.language as tl
 
+from aqnsim.backends.fields import carry_from
 from aqnsim.backends.triton.bits import abs_of, as_held, bits_of, exp2_of, float_of, fp32, is_finite, of
 from aqnsim.backends.triton.rounding import Element, element, round_plain
 from aqnsim.formats import BlockFormat, element_of, float32, get
@@ -58,26 +58,13 @@ def scaling(fmt: BlockFormat) -> Scaling:
         rows=rows,
         columns=columns,
         emax=fmt.element.max_exponent,
-        carry_from=_carry_from(fmt),
+        carry_from=carry_from(fmt),
         zero_exponent=0 if fmt.zero_scale == "one" else -127,
         finite_only=fmt.special == "element",
         largest=float32(largest),
         e4m3=element(element_of(get("fp8_e4m3"))),
         ue6m2=element(element_of(get("fp8_ue6m2"))),
     )
-
-
-def _carry_from(fmt: BlockFormat) -> int:
-    """The fraction bits of a block's largest magnitude from which its rule takes the next power of two."""
-    e, never = fmt.element, 1 << 23
-    width = e.mantissa_bits - e.is_integer
-    leading = math.ldexp(e.max, -e.max_exponent) - 1
-    return {
-        "ceil": 1,
-        "rceil": int(leading * never) + 1,
-        "even": never - (1 << (22 - width)),
-        "amct": 3 * never // 4 + 1,
-    }.get(fmt.scale, never)
 
 
 @triton.jit
