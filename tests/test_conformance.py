@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
@@ -178,17 +179,15 @@ MUTANTS = {
 @pytest.fixture
 def registered() -> Iterator[Callable[[dict[str, Op]], str]]:
     """Registers the cpu backend with some ops replaced, under a name that is gone afterwards."""
-    name = "mutant"
+    with ExitStack() as until_the_end:
 
-    def register(ops: dict[str, Op]) -> str:
-        cpu = backends.get("cpu").ops
-        primitives = {op: ops.get(op, cpu[op]) for op in ("cast", "perturb", "gemm")}
-        everything = {**cpu, **compositions(**primitives), **ops}  # type: ignore[arg-type]
-        backends.register(backends.Backend(name=name, devices=("cpu",), ops=everything))
-        return name
+        def register(ops: dict[str, Op]) -> str:
+            cpu = backends.get("cpu").ops
+            primitives = {op: ops.get(op, cpu[op]) for op in ("cast", "perturb", "gemm")}
+            everything = {**cpu, **compositions(**primitives), **ops}  # type: ignore[arg-type]
+            return until_the_end.enter_context(backends.registered(backends.Backend("mutant", ("cpu",), everything)))
 
-    yield register
-    backends._REGISTERED.pop(name, None)
+        yield register
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
@@ -219,11 +218,8 @@ def test_what_a_backend_raises_is_a_failed_check(registered: Callable[[dict[str,
 
 def test_laws_of_ops_that_a_backend_lacks_do_not_apply() -> None:
     cpu = backends.get("cpu").ops
-    backends.register(backends.Backend(name="casts", devices=("cpu",), ops={"cast": cpu["cast"]}))
-    try:
-        checks = conformance.run("casts", quick=True, laws=["strides", "perturb", "linear"])
-    finally:
-        del backends._REGISTERED["casts"]
+    with backends.registered(backends.Backend("casts", ("cpu",), {"cast": cpu["cast"]})) as name:
+        checks = conformance.run(name, quick=True, laws=["strides", "perturb", "linear"])
     assert [c.name for c in failures(checks)] == ["offers"]
     assert "no cast_out, elements, quantize" in checks[0].detail
     assert len(checks) == 1 + len(formats.ALL)

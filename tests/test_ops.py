@@ -407,14 +407,12 @@ def test_a_device_without_a_backend_is_an_error_that_names_the_alternatives() ->
 
 
 def test_a_backend_that_lacks_an_op_is_an_error_that_names_those_that_have_it() -> None:
-    backends = aqnsim.backends
-    backends._REGISTERED["casts-only"] = backends.Backend("casts-only", ("cpu",), {})
-    try:
-        aqnsim.use_backend("casts-only")
+    with aqnsim.backends.registered(aqnsim.backends.Backend("casts-only", ("cpu",), {})) as name:
+        aqnsim.use_backend(name)
         with pytest.raises(BackendError, match="'casts-only' lacks 'cast_out' for cpu; available: cpu, reference"):
             aqnsim.cast(torch.ones(4), "mxfp4")
-    finally:
-        del backends._REGISTERED["casts-only"]
+    assert "casts-only" not in aqnsim.backends.names()
+    assert aqnsim.backends.chosen()["cpu"] == "cpu"
 
 
 def test_backends_are_chosen_by_name_only() -> None:

@@ -6,7 +6,8 @@ raises and names those that have it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -69,6 +70,23 @@ def register(backend: Backend) -> Backend:
             raise unknown("op", op, OPS)
     _REGISTERED[backend.name] = backend
     return backend
+
+
+@contextmanager
+def registered(backend: Backend) -> Iterator[str]:
+    """Make a backend known for the duration of a block, which gets its name; what serves a device is then as before.
+
+    Raises:
+        BackendError: see :func:`register`.
+    """
+    before = chosen()
+    register(backend)
+    try:
+        yield backend.name
+    finally:
+        del _REGISTERED[backend.name]
+        _CHOSEN.clear()
+        _CHOSEN.update(before)
 
 
 def names() -> list[str]:
