@@ -29,6 +29,7 @@ from training.adapters import attach_lora
 from training.config import Experiment, build_aqn, load
 from training.dapo import DapoTrainer, grpo_config
 from training.evaluate import ProblemResult, evaluate_modes
+from training.memory import keep_freed_memory
 from training.models import end_completions_at, load_model
 from training.plot import plot_run
 from training.records import (
@@ -80,6 +81,7 @@ def run(
         RealisationError: something that was asked for did not happen.
         KeyboardInterrupt: the run was interrupted, and can be resumed.
     """
+    keep_freed_memory()
     disable_progress_bar()  # of loading weights: a line of progress per step is printed instead
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # TRL's, about itself
     state = PartialState(cpu=not torch.cuda.is_available())
