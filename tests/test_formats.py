@@ -691,7 +691,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 def test_the_package_adds_less_than_300_ms_to_torch() -> None:
     code = (
-        "import time, torch; t = time.perf_counter(); import aqnsim; aqnsim.cast; aqnsim.emulate;"
-        "print(time.perf_counter() - t)"
+        "import time, torch; t = time.process_time(); import aqnsim; aqnsim.cast; aqnsim.emulate;"
+        "print(time.process_time() - t)"
     )
     assert min(float(run(code)) for _ in range(2)) < 0.3
