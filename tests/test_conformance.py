@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from aqnsim import BackendError, UnknownNameError, backends, conformance, errors, formats
 from aqnsim.backends.compose import compositions
+from aqnsim.cli import main
 from aqnsim.conformance import CHAINS, GRADES, LAWS, Check
 from aqnsim.formats import element_of
 from aqnsim.receipts import STATS
@@ -159,7 +161,175 @@ def always_measures(op: Op) -> Op:
     return lambda *args: op(*args[:-1], True)
 
 
+def carry_lost(cast: Op) -> Op:
+    """What rounds up to the next power of two keeps the exponent that it had."""
+
+    def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        y, stats = cast(x, *args)
+        power = (y.float().frexp().mantissa.abs() == 0.5) & (y.abs() > x.abs())
+        return y.where(~power, y / 2), stats
+
+    return run
+
+
+def scale_off_by_one(cast: Op) -> Op:
+    """The block's exponent is one too small."""
+
+    def run(x: Tensor, fmt: str, *args: Any) -> tuple[Tensor, ...]:
+        y, stats = cast(x, fmt, *args)
+        return (cast(x * 2, fmt, *args)[0] / 2 if fmt.startswith("mx") else y), stats
+
+    return run
+
+
+def saturates_to_infinity(cast: Op) -> Op:
+    def run(x: Tensor, fmt: str, *args: Any) -> tuple[Tensor, ...]:
+        y, stats = cast(x, fmt, *args)
+        return y.where(~((y.abs() < x.abs()) & (y.abs() == y.abs().max())), y.sign() * torch.inf), stats
+
+    return run
+
+
+def axes_swapped(cast: Op) -> Op:
+    def run(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, ...]:
+        block = isinstance(formats.get(fmt), formats.BlockFormat) and x.dim() > 1
+        return cast(x, fmt, {-1: -2, -2: -1}[axis] if block else axis, *args)
+
+    return run
+
+
+def blocks_of_the_flat_tensor(cast: Op) -> Op:
+    """Blocks go on from one row into the next."""
+
+    def run(x: Tensor, fmt: str, axis: int, *args: Any) -> tuple[Tensor, ...]:
+        if axis != -1 or fmt != "mxfp4":
+            return cast(x, fmt, axis, *args)
+        y, stats = cast(x.reshape(1, -1), fmt, axis, *args)
+        return y.reshape(x.shape), stats
+
+    return run
+
+
+def rounds_to_nearest_instead(cast: Op) -> Op:
+    return lambda x, fmt, *args: cast(x, fmt.replace("rounding=stochastic", "rounding=nearest-even"), *args)
+
+
+def biased_stochastic(cast: Op) -> Op:
+    """One random bit where many were asked for."""
+    return lambda x, fmt, *args: cast(x, fmt.replace("=stochastic)", "=stochastic-1)"), *args)
+
+
+def clock_ignored(op: Op) -> Op:
+    stopped = torch.tensor(0)
+    return lambda *args: op(*(stopped if is_clock(a) else a for a in args))
+
+
+def is_clock(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0
+
+
+def key_ignored(perturb: Op) -> Op:
+    return lambda y, error, key, *args: perturb(y, error, 1, *args)
+
+
+def applied_twice(perturb: Op) -> Op:
+    def run(y: Tensor, error: str, *args: Any) -> tuple[Tensor, ...]:
+        return perturb(perturb(y, error, *args[:-2], y.dtype, False)[0], error, *args)
+
+    return run
+
+
+def absolute_not_relative(perturb: Op) -> Op:
+    return lambda y, error, *args: perturb(y, error.replace("relative-gaussian", "absolute-gaussian"), *args)
+
+
+def too_small(perturb: Op) -> Op:
+    return lambda y, error, *args: perturb(y, error.replace("sigma=0.05", "sigma=0.04"), *args)
+
+
+def never_applied(perturb: Op) -> Op:
+    def run(y: Tensor, error: str, *args: Any) -> tuple[Tensor, ...]:
+        _, stats = perturb(y, error, *args)
+        return y.to(args[-2] or y.dtype), stats
+
+    return run
+
+
+def no_straight_through(backward: Op) -> Op:
+    """The derivative of rounding, which is 0."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        *grads, stats = backward(*args)
+        return *(0 * g for g in grads), stats
+
+    return run
+
+
+def gradient_of_the_master(backward: Op) -> Op:
+    """The backward multiplies by the weight as it was before its cast."""
+    return lambda g, x, w, spec, cast_weight, *args: backward(g, x, w, spec, False, *args)
+
+
+def gradients_share_the_forwards_noise(backward: Op) -> Op:
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        return backward(*(a[:4] * 3 if isinstance(a, list) and len(a) == 12 else a for a in args))
+
+    return run
+
+
+def operands_swapped(matmul: Op) -> Op:
+    return lambda a, b, transposed, *args: matmul(a, b if transposed else b.flip(-1), transposed, *args)
+
+
+def sums_in_bfloat16(linear: Op) -> Op:
+    def run(x: Tensor, w: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        y, stats = linear(x, w, *args)
+        return y.bfloat16().to(y.dtype), stats
+
+    return run
+
+
+def nibbles_swapped(quantize: Op) -> Op:
+    def run(x: Tensor, fmt: str, *args: Any) -> tuple[Tensor, ...]:
+        codes, *rest = quantize(x, fmt, *args)
+        packed = codes.dtype == torch.uint8 and element_of(formats.get(fmt)).bits == 4
+        return (codes << 4 | codes >> 4 if packed else codes), *rest
+
+    return run
+
+
+def nothing_written(op: Op) -> Op:
+    return lambda *args: None  # type: ignore[return-value]
+
+
+def error_left_out(stage: Op) -> Op:
+    return lambda x, steps, *args: stage(x, [steps[0], "", steps[2]], *args)
+
+
 MUTANTS = {
+    "carry lost": ("cast", carry_lost, ("edges", "every bf16")),
+    "scale off by one": ("cast", scale_off_by_one, ("edges", "blocks")),
+    "saturates to infinity": ("cast", saturates_to_infinity, ("edges",)),
+    "axes swapped": ("cast", axes_swapped, ("blocks", "shapes")),
+    "blocks of the flat tensor": ("cast", blocks_of_the_flat_tensor, ("shapes", "blocks")),
+    "rounds to nearest instead": ("cast", rounds_to_nearest_instead, ("stochastic", "stochastic mean")),
+    "one random bit": ("cast", biased_stochastic, ("stochastic", "stochastic mean")),
+    "cast ignores the clock": ("cast", clock_ignored, ("stochastic",)),
+    "perturb ignores the clock": ("perturb", clock_ignored, ("perturb", "normal")),
+    "perturb ignores the key": ("perturb", key_ignored, ("perturb", "normal")),
+    "error applied twice": ("perturb", applied_twice, ("perturb",)),
+    "absolute, not relative": ("perturb", absolute_not_relative, ("perturb",)),
+    "error too small": ("perturb", too_small, ("perturb",)),
+    "error never applied": ("perturb", never_applied, ("perturb", "normal", "receipts")),
+    "no straight-through gradient": ("linear_backward", no_straight_through, ("linear",)),
+    "gradient of the master weight": ("linear_backward", gradient_of_the_master, ("linear",)),
+    "gradients share the forward's noise": ("linear_backward", gradients_share_the_forwards_noise, ("linear",)),
+    "gradients of a product share its noise": ("matmul_backward", gradients_share_the_forwards_noise, ("matmul",)),
+    "operands swapped": ("matmul", operands_swapped, ("matmul",)),
+    "sums in bfloat16": ("linear", sums_in_bfloat16, ("linear sums",)),
+    "nibbles swapped": ("quantize", nibbles_swapped, ("quantize",)),
+    "nothing written": ("cast_out", nothing_written, ("out",)),
+    "error left out of a stage": ("stage", error_left_out, ("stage",)),
     "ties away": ("cast", ties_away, ("edges", "every bf16", "linear")),
     "no sign of zero": ("cast", no_sign_of_zero, ("edges", "every bf16")),
     "flushed subnormals": ("cast", flushed_subnormals, ("edges", "blocks")),
@@ -250,3 +420,31 @@ def test_the_suite_needs_neither_pytest_nor_scipy_nor_kernels() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_conforms_is_reported_with_status_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["conformance", "--backend", "cpu", "--quick", "--law", "stage", "--law", "matmul"]
+    page, data = tmp_path / "page.html", tmp_path / "checks.json"
+    assert main([*arguments, "--html", str(page), "--json", str(data)]) == 0
+    printed = capsys.readouterr().out
+    assert "cpu on cpu: conforms, 9 of 9 checks hold" in printed
+    found = json.loads(data.read_text())
+    assert found["conforms"] is True
+    assert {c["law"] for c in found["checks"]} == {"offers", "stage", "matmul"}
+    assert set(found["not_run"]) == set(LAWS) - {"stage", "matmul"}
+    assert "cpu on cpu: conforms" in page.read_text()
+
+
+def test_a_backend_that_does_not_is_reported_with_status_1_and_where(
+    registered: Callable[[dict[str, Op]], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, page = registered({"cast": carry_lost(backends.get("cpu").ops["cast"])}), tmp_path / "page.html"
+    assert main(["conformance", "--backend", name, "--quick", "--law", "edges", "--html", str(page)]) == 1
+    printed = capsys.readouterr().out
+    assert "mutant on cpu: FAILS" in printed
+    assert "edges fp8_e4m3" in printed
+    assert "What failed" in page.read_text()
+    assert page.read_text().count("<td>edges ") > len(formats.ALL) // 2

@@ -9,7 +9,7 @@ under :func:`law`; new formats and error models are found in their registries.
 [('offers', 'bit', True), ('normal', 'statistical', True)]
 """
 
-from aqnsim.conformance import casts, chance, codes, layout, noise, products  # laws register themselves
+from aqnsim.conformance import casts, chance, codes, layout, noise, products, stages  # laws register themselves
 from aqnsim.conformance.inputs import CHAINS, edges
 from aqnsim.conformance.registry import GRADES, LAWS, Check, Law, Subject, Violation, law, run, truth
 
@@ -30,5 +30,6 @@ __all__ = [
     "noise",
     "products",
     "run",
+    "stages",
     "truth",
 ]

@@ -40,31 +40,63 @@ def _linear(s: Subject, case: str) -> str:
     x, weight, grad = (whole_numbers(*shape, seed=i) for i, shape in enumerate([(3, 11, 96), (40, 96), (3, 11, 40)]))
     rows = some_rows(33, False)
     for dtype in (torch.float32, torch.bfloat16):
-        results = (_linear_parts(run, case, x.to(dtype), weight.to(dtype), grad.to(dtype), rows) for run in (s, truth))
-        for (name, got), (_, expected) in zip(*(r.items() for r in results), strict=True):
-            if name.startswith("receipt"):
-                for i, (a, b) in enumerate(zip(got, expected, strict=True)):
-                    same_stats(a, b, f"{name}, stream {i}, in {dtype}")
-            else:
-                same(got, expected, f"{name} in {dtype}")
+        held = x.to(dtype), weight.to(dtype), grad.to(dtype)
+        got, expected = (_linear_parts(run, case, *held, rows) for run in (s, truth))
+        _same_parts(got, expected, f"in {dtype}")
     return "[3, 11, 96] by [40, 96], fp32 and bf16"
 
 
 def _linear_parts(run: Any, case: str, x: Tensor, weight: Tensor, grad: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    keys = [key_of(0, "conformance", str(i)) for i in range(12)]
-    text = SPECS[case].text
+    text, keys = SPECS[case].text, _keys()
     y, forward = run("linear", x, weight, None, text, True, keys[:4], STEP, rows)
     gx, gw, backward = run("linear_backward", grad, x, weight, text, True, keys, STEP, rows, True, True)
     return {"y": y, "grad x": gx, "grad weight": gw, "receipt forward": forward, "receipt backward": backward}
+
+
+@law("matmul", "bit", "matmul matmul_backward", _specs)
+def _matmul(s: Subject, case: str) -> str:
+    """The same of products of two activations, with the second as it is and transposed."""
+    rows, others = some_rows(22, True), some_rows(64, False)
+    for transposed in (False, True):
+        shapes = [(2, 11, 96), (2, 32, 96) if transposed else (2, 96, 32), (2, 11, 32)]
+        a, b, grad = (whole_numbers(*shape, seed=i) for i, shape in enumerate(shapes))
+        b_rows = others if transposed else None  # rows of b where it has them: else its columns are contracted over
+        for dtype in (torch.float32, torch.bfloat16):
+            held = a.to(dtype), b.to(dtype), grad.to(dtype)
+            got, expected = (_matmul_parts(run, case, held, transposed, rows, b_rows) for run in (s, truth))
+            _same_parts(got, expected, f"in {dtype}{', transposed' if transposed else ''}")
+    return "[2, 11, 96] by [2, 96, 32], fp32 and bf16"
+
+
+def _matmul_parts(
+    run: Any, case: str, held: tuple[Tensor, Tensor, Tensor], transposed: bool, rows: Tensor, b_rows: Tensor | None
+) -> dict[str, Tensor]:
+    a, b, grad = held
+    text, keys = SPECS[case].text, _keys()
+    y, forward = run("matmul", a, b, transposed, text, a.dtype, keys[:4], STEP, rows, rows, b_rows)
+    ga, gb, backward = run("matmul_backward", grad, a, b, transposed, text, keys, STEP, rows, rows, b_rows, True, True)
+    return {"y": y, "grad a": ga, "grad b": gb, "receipt forward": forward, "receipt backward": backward}
+
+
+def _same_parts(got: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    for name, part in got.items():
+        if name.startswith("receipt"):
+            for i, (a, b) in enumerate(zip(part, expected[name], strict=True)):
+                same_stats(a, b, f"{name}, stream {i}, {what}")
+        else:
+            same(part, expected[name], f"{name} {what}")
+
+
+def _keys() -> list[int]:
+    return [key_of(0, "conformance", str(i)) for i in range(12)]
 
 
 @law("linear sums", "bound", "linear", _specs)
 def _linear_sums(s: Subject, case: str) -> str:
     """On any data the forward is the reference's within the error that an order of addition in fp32 can make."""
     x, weight, k = normal_values(33, 96, seed=17), normal_values(40, 96, seed=18), 96
-    keys = [key_of(0, "conformance", str(i)) for i in range(4)]
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = (x.to(dtype), weight.to(dtype), None, SPECS[case].text, True, keys, STEP, None)
+        arguments = (x.to(dtype), weight.to(dtype), None, SPECS[case].text, True, _keys()[:4], STEP, None)
         got, expected = (run("linear", *arguments)[0].double() for run in (s, truth))
         added = x.abs().double() @ weight.abs().double().t()
         rounded = 2.0**-7 if dtype == torch.bfloat16 or SPECS[case].forward.output else 2.0**-22

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +27,23 @@ class Check:
     """One law on one case.
 
     Attributes:
-        name: the law and the case.
+        law: the law's name.
+        case: what it was held on, such as a format; may be empty.
         grade: one of :data:`GRADES`.
         passed: whether the law held.
         detail: what was compared, or how the law broke.
     """
 
-    name: str
+    law: str
+    case: str
     grade: str
     passed: bool
     detail: str
+
+    @property
+    def name(self) -> str:
+        """The law and the case."""
+        return f"{self.law} {self.case}".strip()
 
 
 class Violation(Exception):  # noqa: N818  (it is what a law finds, not an error of the suite)
@@ -101,6 +109,14 @@ class Law:
     holds: Callable[[Subject, str], str]
 
 
+Progress = Callable[[str, int], AbstractContextManager[Callable[[str], None]]]
+
+
+@contextmanager
+def _silent(label: str, total: int) -> Iterator[Callable[[str], None]]:
+    yield lambda _: None
+
+
 LAWS: dict[str, Law] = {}
 """Every law by its name, in the order in which they run."""
 
@@ -120,7 +136,11 @@ def law(name: str, grade: str, needs: str, over: Cases = _once) -> Callable[...,
 
 
 def run(
-    backend: str = "cpu", device: str = "cpu", quick: bool = False, laws: Sequence[str] | None = None
+    backend: str = "cpu",
+    device: str = "cpu",
+    quick: bool = False,
+    laws: Sequence[str] | None = None,
+    progress: Progress = _silent,
 ) -> list[Check]:
     """Every law that applies, on every case.
 
@@ -129,6 +149,7 @@ def run(
         device: where tensors are put; the backend must serve its type.
         quick: fewer cases and smaller tensors, for a gate before a benchmark on a CPU.
         laws: names of :data:`LAWS`; None for all.
+        progress: a context of a label and a number of steps; what it gives is called before each of them.
 
     Raises:
         UnknownNameError: no such backend or law.
@@ -142,10 +163,13 @@ def run(
         if name not in LAWS:
             raise unknown("law", name, LAWS)
     subject, offered = Subject(backend, device, quick), set(found.ops)
+    rules = [rule for rule in map(LAWS.__getitem__, laws or LAWS) if offered.issuperset(rule.needs)]
+    cases = [(rule, case) for rule in rules for case in rule.cases(quick)]
     checks = [_offers(offered)]
-    for rule in LAWS.values() if laws is None else [LAWS[name] for name in laws]:
-        if offered.issuperset(rule.needs):
-            checks += [_checked(rule, case, subject) for case in rule.cases(quick)]
+    with progress("conformance", len(cases)) as step:
+        for rule, case in cases:
+            step(f"{rule.name} {case}".strip())
+            checks.append(_checked(rule, case, subject))
     return checks
 
 
@@ -153,14 +177,13 @@ def _offers(offered: set[str]) -> Check:
     """A backend is one from ``cast`` and ``perturb`` on; laws of ops that it lacks do not apply to it."""
     lacking = [op for op in backends.OPS if op not in offered]
     detail = f"no {', '.join(lacking)}" if lacking else "every op"
-    return Check("offers", "bit", {"cast", "perturb"} <= offered, detail)
+    return Check("offers", "", "bit", {"cast", "perturb"} <= offered, detail)
 
 
 def _checked(rule: Law, case: str, subject: Subject) -> Check:
-    name = f"{rule.name} {case}".strip()
     try:
-        return Check(name, rule.grade, True, rule.holds(subject, case))
+        return Check(rule.name, case, rule.grade, True, rule.holds(subject, case))
     except Violation as violation:
-        return Check(name, rule.grade, False, str(violation))
+        return Check(rule.name, case, rule.grade, False, str(violation))
     except Exception as error:  # whatever a backend raises is a law broken, and no reason to leave the others unchecked
-        return Check(name, rule.grade, False, f"{type(error).__name__}: {error}")
+        return Check(rule.name, case, rule.grade, False, f"{type(error).__name__}: {error}")
