@@ -19,7 +19,8 @@ from aqnsim._errors import ConfigError
 from aqnsim.backends.checks import check_dtype, check_out
 from aqnsim.formats import BlockFormat, get, scale_shape
 from aqnsim.packing import empty_parts
-from aqnsim.receipts import STATS
+from aqnsim.profiles.spec import OpSpec
+from aqnsim.receipts import STATS, STREAMS
 
 _LIB = Library("aqnsim", "DEF")
 
@@ -48,6 +49,10 @@ _SCHEMAS = {
     ),
     "gemm": "(Tensor a, Tensor b, str accumulator) -> Tensor",
     "linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, str spec, bool cast_weight, int[] keys, Tensor step,"
+        " Tensor? rows, Tensor? receipt) -> (Tensor, Tensor)"
+    ),
+    "native_linear": (
         "(Tensor x, Tensor weight, Tensor? bias, str spec, bool cast_weight, int[] keys, Tensor step,"
         " Tensor? rows, Tensor? receipt) -> (Tensor, Tensor)"
     ),
@@ -120,6 +125,16 @@ def _linear(x: Tensor, *args: Any) -> Any:
     return _run("linear", x, *args[:-1])  # the receipt is the backward's
 
 
+def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None, spec: str, *args: Any) -> tuple[Tensor, Tensor]:
+    """What the device makes of the two formats; it says nothing of its own error, so that only the call is counted."""
+    forward = OpSpec.parse(spec).forward
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _run("native_linear", flat, weight, bias, forward.input, forward.weight)
+    stats = torch.zeros(4, len(STATS), dtype=torch.float64, device=x.device)
+    stats[STREAMS.index("output"), STATS.index("calls")] = 1
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0]), stats
+
+
 def _linear_backward(grad: Tensor, *args: Any) -> Any:
     return _run("linear_backward", grad, *args)
 
@@ -147,6 +162,7 @@ for _name, _kernel in {
     "dequantize_out": _dequantize_out,
     "perturb_out": _perturb_out,
     "linear": _linear,
+    "native_linear": _native_linear,
     "linear_backward": _linear_backward,
     "matmul": _matmul,
     "matmul_backward": _matmul_backward,
@@ -212,6 +228,7 @@ def _(a: Tensor, b: Tensor, accumulator: str) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=torch.float32)
 
 
+@register_fake("aqnsim::native_linear", lib=_LIB)
 @register_fake("aqnsim::linear", lib=_LIB)
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty((*x.shape[:-1], weight.shape[0])), _stats_like(x, 4)
@@ -296,7 +313,8 @@ def _linear_grad(ctx: Any, grad: Tensor, _stats: Tensor | None) -> tuple[Tensor 
     return (grad_x if need_x else None, grad_w if need_w else None, grad_b, *[None] * 6)
 
 
-register_autograd("aqnsim::linear", _linear_grad, setup_context=_linear_setup, lib=_LIB)
+for _name in ("linear", "native_linear"):
+    register_autograd(f"aqnsim::{_name}", _linear_grad, setup_context=_linear_setup, lib=_LIB)
 
 
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

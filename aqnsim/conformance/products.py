@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqnsim import backends
 from aqnsim.accumulator import MATRIX_UNITS
 from aqnsim.conformance.compare import same, same_stats
 from aqnsim.conformance.inputs import normal_values, some_rows, whole_numbers
-from aqnsim.conformance.registry import STEP, Subject, Violation, law, truth
+from aqnsim.conformance.registry import KEY, STEP, Subject, Violation, law, truth
 from aqnsim.profiles.spec import Forward, GradInput, GradWeight, OpSpec
 from aqnsim.rng import key_of
 
@@ -106,6 +107,24 @@ def _linear_sums(s: Subject, case: str) -> str:
                 f"{dtype}: {int((~(over <= 0)).sum())} of {over.numel()} sums are off by {float(over.max()):g} too much"
             )
     return "[33, 96] by [40, 96], fp32 and bf16"
+
+
+@law("native", "bound", "native_linear")
+def _native(s: Subject, case: str) -> str:
+    """What a device makes of a pair of formats that it multiplies itself is near to the product of their casts."""
+    pairs = backends.get(s.backend).native
+    x, weight = normal_values(33, 96, seed=24).bfloat16(), normal_values(40, 96, seed=25).bfloat16()
+    for given, held in pairs:
+        a = x if given is None else truth("cast", x, given, -1, KEY, STEP, None, False)[0]
+        b = truth("cast", weight, held, -1, KEY, STEP, None, False)[0]
+        expected, added = (f(a).double() @ f(b).double().t() for f in (torch.clone, torch.abs))
+        (got,) = s("native_linear", x, weight, None, given, held)
+        over = (got.double() - expected).abs() - (2.0**-7 * expected.abs() + 2.0**-7 * added)
+        if not bool((over <= 0).all()):
+            raise Violation(
+                f"{given} x {held}: off by {float(over.max()):g} more than operands rounded otherwise allow"
+            )
+    return f"{len(pairs)} pairs of formats"
 
 
 @law("gemm", "bit", "gemm", lambda quick: list(MATRIX_UNITS))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aqnsim import ops  # noqa: F401  (defines torch.ops.aqnsim)
+from aqnsim import backends, ops  # noqa: F401  (ops defines torch.ops.aqnsim)
 from aqnsim._errors import ConfigError
 from aqnsim.aqn import AQN, KINDS
 from aqnsim.emulation import approximate
@@ -44,6 +44,7 @@ def emulate(
     run: int = 0,
     example: Mapping[str, Any] | None = None,
     strict: bool = False,
+    native: bool = True,
 ) -> Emulation:
     """Run a model on emulated hardware from here on, until ``restore()`` or the end of a ``with`` block.
 
@@ -64,6 +65,8 @@ def emulate(
             profile asks for such, and what feeds a router where AQN protects it; by default a few tokens, for a model
             with token embeddings.
         strict: refuse a model that runs ops which no rule could reach; see :attr:`Emulation.coverage`.
+        native: let a device multiply the formats that its backend declares as native; such a layer emulates no error,
+            and its receipt says so. False emulates them like all others.
 
     Raises:
         ConfigError: a rule that matches no op, a module that is emulated already, a class of linear layer that cannot
@@ -81,7 +84,7 @@ def emulate(
     emulation = Emulation(model, profile, seed, aqn, run)
     emulation.example = example
     with st.unsharded(model):
-        planned = _plan(model, profile, aqn, example)
+        planned = _plan(model, profile, aqn, example, native)
     device = next((p.device for s in planned for p in s.module.parameters()), torch.device("cpu"))
     emulation.totals = torch.zeros(
         len(planned), len(PHASES), len(STREAMS), len(STATS), dtype=torch.float64, device=device
@@ -103,7 +106,9 @@ def emulate(
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
-def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None) -> list[Site]:
+def _plan(
+    model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[str, Any] | None, native: bool
+) -> list[Site]:
     """Every site, checked; nothing is changed yet."""
     refuse_emulated(model)
     wanted = profile.kinds | (set(KINDS.values()) if aqn is not None else set())
@@ -117,9 +122,24 @@ def _plan(model: nn.Module, profile: Profile, aqn: AQN | None, example: Mapping[
         if asked or c in noisy:
             _check_candidate(c)
             args = (c.module, len(found), c.weight, c.weight_axis, c.ordinal, c.attends, c in noisy)
-            found.append(Site(c.name, c.kind, c.role, rules, specs, *args))
+            found.append(
+                Site(c.name, c.kind, c.role, rules, specs, *args, native=_native(c, specs) if native else frozenset())
+            )
     _check_rules(model, profile, found)
     return found
+
+
+def _native(candidate: Candidate, specs: Mapping[str, OpSpec]) -> frozenset[str]:
+    """The phases in which the backend lets the device itself multiply what the specs ask for."""
+    weight = candidate.module._parameters.get("weight")
+    if candidate.kind != "linear" or not isinstance(candidate.module, nn.Linear) or weight is None:
+        return frozenset()
+    device = weight.device.type
+    return frozenset(
+        phase
+        for phase, spec in specs.items()
+        if backends.multiplies_natively(device, spec.forward.input, spec.forward.weight)
+    )
 
 
 def _noisy(model: nn.Module, known: list[Candidate], aqn: AQN, example: Mapping[str, Any] | None) -> set[Candidate]:

@@ -68,7 +68,8 @@ def _is_error(site: Site, stream: str) -> bool:
     if stream == "aqn":
         return True
     part, name = _FIELDS[stream]
-    return name == "error" and any(getattr(spec, part).error for spec in site.specs.values())
+    specs = (s for phase, s in site.specs.items() if part != "forward" or phase not in site.native)
+    return name == "error" and any(getattr(spec, part).error for spec in specs)
 
 
 def requested(emulation: Emulation, site: Site, stream: str, phase: str) -> str:
@@ -78,5 +79,8 @@ def requested(emulation: Emulation, site: Site, stream: str, phase: str) -> str:
         return "absolute-gaussian(schedule * rms)" if relative else "absolute-gaussian(schedule)"
     part, name = _FIELDS[stream]
     asked = getattr(site.specs["train" if phase == "attach" else phase], part)
+    if stream == "output" and phase in site.native:
+        left_out = ", ".join(text for text in (asked.accumulator, asked.error, asked.output) if text)
+        return f"native {asked.input or '-'} x {asked.weight}" + (f", without {left_out}" if left_out else "")
     names = ("accumulator", "approximation", "error") if name == "error" else (name,)
     return ", ".join(text for text in (getattr(asked, n, None) for n in names) if text) or "-"

@@ -31,6 +31,7 @@ class _Plan:
 
     text: str
     is_empty: bool
+    native: bool
     draws: bool
     weight: str
     only_weight: bool
@@ -41,7 +42,7 @@ class _Plan:
     leaving: tuple[list[str], list[str]]
 
     @classmethod
-    def of(cls, spec: OpSpec) -> _Plan:
+    def of(cls, spec: OpSpec, native: bool) -> _Plan:
         def steps(fmt: str | None, error: str | None, output: str | None) -> list[str]:
             return [fmt or "", error or "", output or ""]
 
@@ -49,10 +50,12 @@ class _Plan:
         return cls(
             text=spec.text,
             is_empty=spec.is_empty,
+            native=native,
             draws=spec.draws,
             weight=forward.weight or "",
-            only_weight=spec.only_weight,
-            counts_output=not forward.error
+            only_weight=spec.only_weight and not native,
+            counts_output=not native
+            and not forward.error
             and (forward.approximation is not None or not (forward.asked.keys() - {"bias"})),
             approximation=forward.approximation or "",
             entering=(steps(forward.input, None, None), steps(None, grad_input.error, grad_input.output)),
@@ -79,7 +82,7 @@ class Binding:
         self.keys = self.keys_of()
         for operand in (1, 2):  # now, as a compiled forward can look keys up but not hash
             self.keys_of(operand)
-        self._plans = {phase: _Plan.of(spec) for phase, spec in site.specs.items()}
+        self._plans = {phase: _Plan.of(spec, phase in site.native) for phase, spec in site.specs.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return self  # a copied model keeps reporting to the emulation that it was copied from
@@ -212,7 +215,8 @@ class Binding:
             flat = x.reshape(-1, x.shape[-1]).contiguous()
             out = torch.nn.functional.linear(flat, weight, bias)
             return out.reshape(*x.shape[:-1], out.shape[-1])
-        result: tuple[Tensor, Tensor] = torch.ops.aqnsim.linear(
+        op = torch.ops.aqnsim.native_linear if plan.native else torch.ops.aqnsim.linear
+        result: tuple[Tensor, Tensor] = op(
             x,
             weight,
             bias,

@@ -35,6 +35,7 @@ class Site:
         ordinal: of an operation in the module's own forward; None for a module that is an op as a whole.
         attends: whether the op is a part of an attention: one operation, with the same ordinal as the others.
         takes_noise: whether AQN acts on the weight.
+        native: phases in which the device itself makes the product, so that no error of it is emulated.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Site:
     ordinal: int | None = None
     attends: bool = False
     takes_noise: bool = False
+    native: frozenset[str] = frozenset()
 
     @property
     def parameter(self) -> nn.Parameter | None:
