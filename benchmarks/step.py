@@ -13,8 +13,9 @@ from benchmarks.kernels import Setting
 from benchmarks.records import Row
 from benchmarks.timing import Call, alternate
 from training.adapters import attach_lora
-from training.config import build_aqn, load
+from training.config import load
 from training.generation import generate, keyed_uniforms, pad_left
+from training.hardware import build_aqn
 from training.models import load_model
 from training.tasks import task_of
 
@@ -31,9 +32,10 @@ def rows(s: Setting) -> Iterator[Row]:
     model, tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
     model.generation_config.eos_token_id = None  # full length: the work must not depend on what is sampled
     plain = copy.deepcopy(model)
+    aqn = build_aqn(experiment, layers=model.config.num_hidden_layers)
     candidates = {
         "ideal": _step(experiment, plain, tokenizer, "ideal", None),
-        EXPERIMENT: _step(experiment, model, tokenizer, experiment.profile.name, build_aqn(experiment)),
+        EXPERIMENT: _step(experiment, model, tokenizer, experiment.profile.name, aqn),
     }
     seconds = alternate(candidates, s.repeats)
     yield Row(

@@ -19,7 +19,7 @@ from benchmarks.products import SPEC
 from benchmarks.records import Row
 from benchmarks.timing import Call, alternate
 from training.adapters import attach_lora
-from training.config import load
+from training.config import Lora, load
 from training.models import load_model
 
 BATCH, LENGTH = 8, 128
@@ -54,6 +54,7 @@ def rows(s: Setting) -> Iterator[Row]:
 
 def _candidates(mode: str, unmeasured: str, quick: bool) -> dict[str, Call]:
     experiment = load("e12", "smoke" if quick else "embedded")
+    assert isinstance(experiment.lora, Lora)
     base, _ = load_model(experiment.model.name, dtype="bfloat16")
     models: dict[str, Any] = {name: copy.deepcopy(base) for name in ("plain", "emulated")}
     for name, model in models.items():

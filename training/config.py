@@ -10,24 +10,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ValidationError, model_validator
 
 from aqnsim._errors import ConfigError, did_you_mean, unknown
 from training.sources import (
     DESCRIPTIVE,
     EXPERIMENTS,
+    KIND_KEYS,
     PRESETS,
     find,
     flatten,
@@ -35,203 +26,68 @@ from training.sources import (
     inherit,
     merge,
     names,
+    over_preset,
     parse_overrides,
-    read_preset,
+)
+from training.tables import (
+    Adapters,
+    Algorithm,
+    AnyTask,
+    Aqn,
+    ArithmeticTask,
+    Constant,
+    EpochAware,
+    Gsm8kTask,
+    KStage,
+    Lora,
+    ModelTable,
+    NoAqn,
+    Noise,
+    NoLora,
+    ProfileTable,
+    Published,
+    Question,
+    Table,
+    TaskTable,
+    ZoneTable,
 )
 
-if TYPE_CHECKING:
-    import aqnsim
+__all__ = [
+    "Adapters",
+    "Algorithm",
+    "AnyTask",
+    "Aqn",
+    "ArithmeticTask",
+    "Constant",
+    "Difference",
+    "EpochAware",
+    "Experiment",
+    "Gsm8kTask",
+    "KStage",
+    "Lora",
+    "ModelTable",
+    "NoAqn",
+    "NoLora",
+    "Noise",
+    "ProfileTable",
+    "Published",
+    "Question",
+    "Table",
+    "TaskTable",
+    "ZoneTable",
+    "covers",
+    "diff",
+    "digest_of",
+    "from_json",
+    "load",
+]
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Table(BaseModel):
-    """A TOML table: unknown keys, NaN and infinity are refused, and no value changes its type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Question(Table):
-    """What the experiment asks, and against which control.
-
-    `differs_in` holds the dotted keys (or whole tables) in which it may differ from its control.
-    """
-
-    ask: str
-    control: str | None = None
-    differs_in: tuple[str, ...] = ()
-
-    @property
-    def control_id(self) -> str | None:
-        """The id of the control, whether `control` is a name or a path to a TOML."""
-        return None if self.control is None else identifier(self.control)
-
-    @model_validator(mode="after")
-    def _both_or_neither(self) -> Self:
-        if (self.control is None) != (not self.differs_in):
-            raise ValueError("name a control together with what the experiment differs from it in")
-        return self
-
-
-class ProfileTable(Table):
-    """The emulated hardware: the name of a profile or a path to its TOML."""
-
-    name: str
-
-
-class NoAqn(Table):
-    """No noise."""
-
-    schedule: Literal["none"]
-
-
-class Noise(Table):
-    """Where and when noise acts; what its sigma does over time is up to the subclass."""
-
-    targets: str = "rmsnorm"
-    phases: tuple[Literal["rollout", "train", "eval", "reference"], ...] = ("rollout",)
-    multipliers: dict[NonNegativeInt, NonNegativeFloat] = {}
-    default_multiplier: NonNegativeFloat = 1.0
-
-    @model_validator(mode="after")
-    def _acts_somewhere(self) -> Self:
-        if not self.phases:
-            raise ValueError("phases is empty: name at least one, or use schedule = 'none'")
-        if self.default_multiplier == 0 and not any(self.multipliers.values()):
-            raise ValueError("every multiplier is 0: no layer gets noise; use schedule = 'none'")
-        return self
-
-
-class Constant(Noise):
-    """The same sigma at every step."""
-
-    schedule: Literal["constant"]
-    sigma: PositiveFloat
-
-
-class Decay(Noise):
-    """A geometric staircase from `sigma_start` down to `sigma_end`."""
-
-    sigma_start: PositiveFloat
-    sigma_end: PositiveFloat
-
-    @model_validator(mode="after")
-    def _decays(self) -> Self:
-        if self.sigma_end > self.sigma_start:
-            raise ValueError(
-                f"sigma_end = {self.sigma_end} exceeds sigma_start = {self.sigma_start}: "
-                "the schedule decays, so it must not"
-            )
-        return self
-
-
-class KStage(Decay):
-    """`stages` intervals over the whole run, the first of them without noise."""
-
-    schedule: Literal["k-stage"]
-    stages: int
-
-    @model_validator(mode="after")
-    def _has_a_trend(self) -> Self:
-        if self.stages <= 2:
-            raise ValueError(
-                f"stages = {self.stages}, but k-stage needs at least 3: the first stage has no "
-                "noise, and a decay needs two more"
-            )
-        return self
-
-
-class EpochAware(Decay):
-    """`stages` stages in each epoch; every epoch starts without noise where `warmup` is true."""
-
-    schedule: Literal["epoch-aware"]
-    stages: PositiveInt
-    warmup: bool = True
-
-
-Aqn = Annotated[NoAqn | Constant | KStage | EpochAware, Field(discriminator="schedule")]
-SCHEDULES: dict[str, type[Table]] = {
-    "none": NoAqn,
-    "constant": Constant,
-    "k-stage": KStage,
-    "epoch-aware": EpochAware,
+KINDS: dict[str, tuple[type[Table], ...]] = {
+    "aqn": (NoAqn, Constant, KStage, EpochAware),
+    "lora": (Lora, NoLora),
+    "task": (ArithmeticTask, Gsm8kTask),
 }
-
-
-class Lora(Table):
-    """The adapters: they are trained, and never emulated."""
-
-    rank: PositiveInt
-    alpha: PositiveFloat
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    dtype: Literal["float32", "bfloat16"]
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-
-
-class Algorithm(Table):
-    """DAPO: clip-higher, token-level loss, no KL term, dynamic sampling, overlong shaping.
-
-    Lengths are in tokens. `steps` counts generation batches; left out, it follows from the epochs.
-    """
-
-    name: Literal["dapo"]
-    clip_low: Fraction
-    clip_high: PositiveFloat
-    epochs: PositiveInt
-    group_size: Annotated[int, Field(ge=2)]
-    prompts_per_step: PositiveInt
-    micro_batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt
-    weight_decay: NonNegativeFloat
-    max_grad_norm: PositiveFloat
-    temperature: PositiveFloat
-    max_new_tokens: PositiveInt
-    overlong_buffer: NonNegativeInt
-    overlong_penalty: NonNegativeFloat
-    dynamic_sampling: bool
-    max_generation_batches: PositiveInt
-    steps: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> Self:
-        if self.overlong_buffer >= self.max_new_tokens:
-            raise ValueError(
-                f"overlong_buffer = {self.overlong_buffer} must be below max_new_tokens = {self.max_new_tokens}"
-            )
-        completions = self.prompts_per_step * self.group_size
-        if completions % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size = {self.micro_batch_size} does not divide the {completions} "
-                "completions of a step (prompts_per_step * group_size)"
-            )
-        return self
-
-
-class ModelTable(Table):
-    """The model that is trained, and the dtype its frozen weights are held in."""
-
-    name: str
-    dtype: Literal["float32", "bfloat16"]
-
-
-class TaskTable(Table):
-    """The task, with the number of problems to train on and to hold out."""
-
-    name: str
-    prompts: PositiveInt
-    eval_problems: PositiveInt
-    families: dict[str, PositiveFloat]
-    examples: NonNegativeInt
-    held_out: Fraction
-
-
-class Published(Table):
-    """A published claim to compare with: never a target, never evidence."""
-
-    score: float
-    source: str
-    caveat: str
+"""The tables that come in several kinds, told apart by the key that `KIND_KEYS` names."""
 
 
 class Experiment(Table):
@@ -242,10 +98,10 @@ class Experiment(Table):
     question: Question
     profile: ProfileTable
     aqn: Aqn
-    lora: Lora
+    lora: Adapters
     algorithm: Algorithm
     model: ModelTable
-    task: TaskTable
+    task: AnyTask
     published: Published | None = None
 
     @property
@@ -257,13 +113,12 @@ class Experiment(Table):
 
     def settings(self) -> dict[str, Any]:
         """All that decides what a run computes, under flattened dotted keys."""
-        return flatten(self.model_dump(mode="json", exclude=set(DESCRIPTIVE)))
+        return _settings_of(self.model_dump(mode="json"))
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the settings as canonical JSON: equal iff `diff` finds nothing."""
-        canonical = json.dumps(self.settings(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        """SHA-256 (hex) of the settings: equal iff `diff` finds nothing."""
+        return digest_of(self.model_dump(mode="json"))
 
     @model_validator(mode="after")
     def _steps_exist(self) -> Self:
@@ -310,6 +165,15 @@ def load(experiment: str, preset: str | None = None, overrides: Sequence[str] = 
     return resolved
 
 
+def digest_of(tables: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the settings among an experiment's tables, as canonical JSON.
+
+    Of tables as they were stored, it does not depend on the settings that were added since.
+    """
+    canonical = json.dumps(_settings_of(tables), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def from_json(text: str, origin: str) -> Experiment:
     """The experiment that `model_dump_json` wrote; `origin` names the text in errors."""
     try:
@@ -333,41 +197,15 @@ def covers(declared: Iterable[str], key: str) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in declared)
 
 
-def build_aqn(experiment: Experiment) -> aqnsim.AQN | None:
-    """The noise that an experiment asks for; None where it asks for none."""
-    import aqnsim  # here, so that resolving and listing experiments does not load torch
-
-    aqn = experiment.aqn
-    schedule: aqnsim.aqn.Constant | aqnsim.aqn.KStage | aqnsim.aqn.EpochAware
-    match aqn:
-        case NoAqn():
-            return None
-        case Constant():
-            schedule = aqnsim.aqn.Constant(aqn.sigma)
-        case KStage():
-            schedule = aqnsim.aqn.KStage(aqn.sigma_start, aqn.sigma_end, aqn.stages)
-        case EpochAware():
-            schedule = aqnsim.aqn.EpochAware(
-                aqn.sigma_start,
-                aqn.sigma_end,
-                stages_per_epoch=aqn.stages,
-                epochs=experiment.algorithm.epochs,
-                warmup=aqn.warmup,
-            )
-    return aqnsim.AQN(
-        schedule,
-        targets=aqn.targets,
-        multipliers=aqn.multipliers,
-        default_multiplier=aqn.default_multiplier,
-        phases=aqn.phases,
-    )
+def _settings_of(tables: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten({name: table for name, table in tables.items() if name not in DESCRIPTIVE})
 
 
 def _resolve(experiment: str, preset: str | None, overrides: Sequence[str]) -> Experiment:
     settable = [name for name in Experiment.model_fields if name not in DESCRIPTIVE]
     tables = inherit(find(EXPERIMENTS, experiment))
     if preset is not None:
-        tables = merge(tables, read_preset(find(PRESETS, preset)))
+        tables = over_preset(tables, find(PRESETS, preset))
     tables = merge(tables, parse_overrides(overrides, settable))
     for name in ("id", "preset"):
         if name in tables:
@@ -408,20 +246,20 @@ def _explain(error: ValidationError) -> str:
 
 def _explain_one(detail: Mapping[str, Any]) -> str:
     place = [str(part) for part in detail["loc"] if part != "[key]"]
-    schedule = None
-    if len(place) > 1 and place[0] == "aqn":
-        schedule = place.pop(1)
+    kind = place.pop(1) if len(place) > 1 and place[0] in KINDS else None
     key, context = ".".join(place), detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
-            known = _keys(place[:-1], schedule)
-            where = f" for schedule {schedule!r}" if schedule else ""
+            known = _keys(place[:-1], kind)
+            where = f" for {KIND_KEYS[place[0]]} {kind!r}" if kind else ""
             hint = did_you_mean(place[-1], known) or f"; known: {', '.join(known)}"
             return f"{key}: unknown key{where}{hint}"
         case "union_tag_invalid":
-            return f"{key}.schedule: {unknown('schedule', context['tag'], SCHEDULES)}"
+            choice = KIND_KEYS[key]
+            what = key if choice == "name" else choice
+            return f"{key}.{choice}: {unknown(what, context['tag'], _kinds(key))}"
         case "union_tag_not_found":
-            return f"{key}.schedule: missing; known: {', '.join(SCHEDULES)}"
+            return f"{key}.{KIND_KEYS[key]}: missing; known: {', '.join(_kinds(key))}"
         case "missing":
             return f"{key}: missing"
         case "value_error":
@@ -429,13 +267,21 @@ def _explain_one(detail: Mapping[str, Any]) -> str:
     return f"{key} = {detail['input']!r}: {detail['msg'].lower()}"
 
 
-def _keys(place: Sequence[str], schedule: str | None) -> list[str]:
+def _keys(place: Sequence[str], kind: str | None) -> list[str]:
     """The keys that are known at a place: of the experiment, or of one of its tables."""
     if not place:
         return [name for name in Experiment.model_fields if name not in ("id", "preset")]
-    if schedule:
-        return [*SCHEDULES[schedule].model_fields]
+    if len(place) > 1:
+        return [*ZoneTable.model_fields]  # the only tables within a table
+    if kind:
+        return [*_kinds(place[0])[kind].model_fields]
     annotation = Experiment.model_fields[place[0]].annotation
     options = (annotation, *get_args(annotation))
     table = next(option for option in options if hasattr(option, "model_fields"))
     return [*table.model_fields]
+
+
+def _kinds(table: str) -> dict[str, type[Table]]:
+    """The kinds of a table by the value that chooses them."""
+    key = KIND_KEYS[table]
+    return {get_args(kind.model_fields[key].annotation)[0]: kind for kind in KINDS[table]}

@@ -26,9 +26,10 @@ from aqnsim import ConfigError, Emulation, RealisationError, Receipt, ReceiptTot
 from aqnsim.receipts import by_request, merge, table
 from training import checkpoints
 from training.adapters import attach_lora
-from training.config import Experiment, build_aqn, load
+from training.config import Experiment, NoLora, load
 from training.dapo import DapoTrainer, grpo_config
 from training.evaluate import ProblemResult, evaluate_modes
+from training.hardware import build_aqn, build_profile, build_schedule
 from training.memory import keep_freed_memory
 from training.models import end_completions_at, load_model
 from training.plot import plot_run
@@ -108,9 +109,8 @@ class Arm:
 
     def __init__(self, experiment: Experiment, seed: int) -> None:
         self.experiment, self.seed = experiment, seed
-        aqn = build_aqn(experiment)
-        if aqn is not None:
-            aqn.schedule.check(experiment.total_steps)  # before anything is loaded
+        if (schedule := build_schedule(experiment)) is not None:
+            schedule.check(experiment.total_steps)  # before anything is loaded
         set_seed(seed)
         task = experiment.task
         self.task: Task = task_of(task)
@@ -119,8 +119,13 @@ class Arm:
         self.eval_problems = self.task.problems("eval", task.eval_problems, 0)
         model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
         end_completions_at(model, self.tokenizer, self.task.end)
+        if isinstance(experiment.lora, NoLora):
+            raise ConfigError("lora.method = 'none': training all weights is not supported yet")
         self.model: PeftModel = attach_lora(model, experiment.lora, seed=seed)
-        self.emulation: Emulation = aqnsim.emulate(self.model, experiment.profile.name, seed=seed, aqn=aqn, strict=True)
+        layers = model.config.get_text_config().num_hidden_layers
+        profile = build_profile(experiment, layers=layers)
+        aqn = build_aqn(experiment, layers=layers, seed=seed)
+        self.emulation: Emulation = aqnsim.emulate(self.model, profile, seed=seed, aqn=aqn, strict=True)
 
     def run(self, directory: RunDirectory, console: Console, *, resuming: bool) -> None:
         """Evaluate, train, evaluate again, and hand in the records.

@@ -115,10 +115,11 @@ class RunDirectory:
         if not (isinstance(stored, dict) and stored.keys() == {"digest", "experiment"}):
             raise RunDirectoryError(f"{path / CONFIG}: expected the keys 'digest' and 'experiment'")
         own = config.from_json(json.dumps(stored["experiment"]), str(path / CONFIG))
-        if own.digest != stored["digest"]:
+        digest = config.digest_of(stored["experiment"])  # as it was stored: `own` has the settings added since
+        if digest != stored["digest"]:
             raise RunDirectoryError(
                 f"{path / CONFIG} does not fit its digest (recorded {str(stored['digest'])[:8]}, "
-                f"now {own.digest[:8]}): it was edited, or written by a version with other settings"
+                f"now {digest[:8]}): it was edited"
             )
         if experiment is not None and experiment.digest != own.digest:
             changes = ", ".join(

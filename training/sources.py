@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 from aqnsim._errors import ConfigError, UnknownNameError, did_you_mean, unknown
 
@@ -18,6 +18,15 @@ PRESET_TABLES = ("model", "task", "algorithm")
 
 DESCRIPTIVE = ("id", "preset", "question", "published")
 """What describes an experiment without deciding anything that its run computes."""
+
+LORA_METHOD: Literal["lora"] = "lora"
+"""What a table of adapters means that names no method."""
+
+KIND_KEYS = {"aqn": "schedule", "lora": "method", "task": "name"}
+"""The tables whose keys depend on the value of one of them."""
+
+VARIANTS = ("grpo", "full")
+"""Tables of a preset that hold other values for GRPO, and for training all weights."""
 
 Tables = dict[str, Any]
 
@@ -66,19 +75,28 @@ def _read(path: Path) -> Tables:
         raise ConfigError(f"{path.name} is not valid TOML: {error}") from error
 
 
-def read_preset(path: Path) -> Tables:
-    """The tables of a preset.
+def over_preset(tables: Tables, path: Path) -> Tables:
+    """The tables of an experiment under those of a preset, with the preset's variants that apply to it.
 
     Raises:
-        ConfigError: it has other tables than a preset may have, or is not valid TOML.
+        ConfigError: the preset has other tables than a preset may have, or is not valid TOML.
     """
-    tables = _read(path)
-    if foreign := tables.keys() - set(PRESET_TABLES):
-        raise ConfigError(
-            f"preset {path.stem!r}: it may only have the tables {', '.join(PRESET_TABLES)}, "
-            f"not {', '.join(sorted(foreign))}"
-        )
-    return tables
+    preset = _read(path)
+    variants = {name: preset.pop(name, {}) for name in VARIANTS}
+    for part in (preset, *variants.values()):
+        if foreign := part.keys() - set(PRESET_TABLES):
+            raise ConfigError(
+                f"preset {path.stem!r}: it may only have the tables {', '.join(PRESET_TABLES)} (and, within "
+                f"{' and '.join(VARIANTS)}, the same), not {', '.join(sorted(foreign))}"
+            )
+    merged = merge(tables, preset)
+    applies = {
+        "grpo": merged.get("algorithm", {}).get("name") == "grpo",
+        "full": merged.get("lora", {}).get("method", LORA_METHOD) == "none",
+    }
+    for name in VARIANTS:
+        merged = merge(merged, variants[name]) if applies[name] else merged
+    return merged
 
 
 def inherit(path: Path, children: tuple[Path, ...] = ()) -> Tables:
@@ -102,15 +120,26 @@ def inherit(path: Path, children: tuple[Path, ...] = ()) -> Tables:
 
 
 def merge(base: Tables, over: Tables) -> Tables:
-    """Deep merge; a table that changes its schedule starts afresh, as its keys belong to that."""
+    """Deep merge; a table of another kind than before starts afresh, as its keys belong to that."""
+    merged = dict(base)
+    for name, table in over.items():
+        old = base.get(name)
+        if isinstance(old, dict) and isinstance(table, dict) and _same_kind(name, old, table):
+            table = _deep_merge(old, table)
+        merged[name] = table
+    return merged
+
+
+def _same_kind(name: str, old: Tables, new: Tables) -> bool:
+    key = KIND_KEYS.get(name)
+    return key not in new or new[key] == old.get(key, LORA_METHOD if key == "method" else None)
+
+
+def _deep_merge(base: Tables, over: Tables) -> Tables:
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            same = value.get("schedule", old.get("schedule")) == old.get("schedule")
-            merged[key] = merge(old, value) if same else value
-        else:
-            merged[key] = value
+        old = base.get(key)
+        merged[key] = _deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 

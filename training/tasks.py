@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from aqnsim._errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from training.config import TaskTable
+    from training.config import AnyTask
 
 Split = Literal["train", "eval"]
 Extraction = Literal["strict", "flexible"]
@@ -221,13 +221,13 @@ def load_task(name: str, **parameters: Any) -> Task:
     return TASKS[name](**parameters)
 
 
-def task_of(task: TaskTable) -> Task:
+def task_of(task: AnyTask) -> Task:
     """The task that an experiment names, with the experiment's parameters.
 
     Raises:
         UnknownNameError, ConfigError: see `load_task`.
     """
-    return load_task(task.name, families=task.families, examples=task.examples, held_out=task.held_out)
+    return load_task(task.name, **task.parameters)
 
 
 @cache

@@ -9,8 +9,9 @@ import torch
 
 import aqnsim
 from training.adapters import attach_lora
-from training.config import build_aqn, load
+from training.config import load
 from training.generation import generate
+from training.hardware import build_aqn
 from training.models import end_completions_at, load_model
 from training.tasks import task_of
 
@@ -52,7 +53,7 @@ def test_the_real_model_is_emulated_in_every_layer_and_comes_back_as_it_was(setu
         return out
 
     plain, clean_score = logits(), right(model, tokenizer, task)
-    emulation = aqnsim.emulate(model, EXPERIMENT.profile.name, seed=0, aqn=build_aqn(EXPERIMENT))
+    emulation = aqnsim.emulate(model, EXPERIMENT.profile.name, seed=0, aqn=build_aqn(EXPERIMENT, layers=30))
     linears = [s for s in emulation.sites if s.kind == "linear"]
     norms = [s for s in emulation.sites if s.kind == "norm"]
     assert (len(linears), len(norms)) == (30 * 7, 30 * 2 + 1)
