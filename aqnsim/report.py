@@ -122,7 +122,7 @@ class Report:
         if not cells:
             streams = sorted({f"{r.stream} in {r.phase}" for r in self.receipts})
             raise ConfigError(f"heatmap: no receipt of {stream} in {phase}; there are: {', '.join(streams) or 'none'}")
-        _draw(cells, f"{VALUES[value]}: {stream} in {phase}, {self.profile}", Path(path))
+        draw_cells(cells, f"{VALUES[value]}: {stream} in {phase}, {self.profile}", Path(path))
 
     def _cells(self, value: str, stream: str, phase: str) -> dict[tuple[str, str], float]:
         """The value by (layer, role); sites that share both are merged."""
@@ -161,7 +161,12 @@ def rate_interval(rate: float, count: int, false_alarm: float) -> tuple[float, f
     return max(0.0, rate - spread), rate + spread
 
 
-def _draw(cells: dict[tuple[str, str], float], title: str, path: Path) -> None:
+def draw_cells(cells: dict[tuple[str, str], float], title: str, path: Path) -> None:
+    """A picture of values by (layer, role), both texts.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
     try:
         import matplotlib.figure
     except ImportError as error:

@@ -16,7 +16,7 @@ import typer
 
 from aqnsim import formats, profiles
 from aqnsim._errors import AqnsimError, ConfigError
-from aqnsim.cli import calibrating, conforming, noise, pages, tables
+from aqnsim.cli import calibrating, conforming, noise, pages, scanning, tables
 from aqnsim.cli.output import Section, print_json, progress, show, whole_file
 from aqnsim.profiles import texts
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 profile_app = typer.Typer(help="List, show, compare and start profiles.", rich_markup_mode=None)
 app.add_typer(profile_app, name="profile")
 app.command("aqn")(noise.aqn_command)
+app.command("scan")(scanning.scan_command)
 app.command("calibrate")(calibrating.calibrate_command)
 app.command("conformance")(conforming.conformance_command)
 
