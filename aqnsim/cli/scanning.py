@@ -1,4 +1,4 @@
-"""``aqnsim scan``: which sites of a model a profile hurts, by measures that need not agree; what keeping some is worth."""
+"""``aqnsim scan``: the sites of a model that a profile hurts, by measures that need not agree, and which to keep."""
 
 from __future__ import annotations
 
