@@ -14,7 +14,7 @@ from benchmarks.records import Row
 from benchmarks.timing import Call, alternate
 from training.adapters import attach_lora
 from training.config import load
-from training.generation import generate, keyed_uniforms, pad_left
+from training.generation import keyed_uniforms, pad_left, sample
 from training.hardware import build_aqn
 from training.models import load_model
 from training.tasks import task_of
@@ -63,7 +63,7 @@ def _step(experiment: Any, base: Any, tokenizer: Any, profile: str, aqn: Any) ->
     def run() -> None:
         emulation.begin_step(STEPS // 2, STEPS)  # a step with noise on
         with emulation.phase("rollout"):
-            generate(model, tokenizer, prompts, max_new_tokens=algorithm.max_new_tokens, uniforms=uniforms)
+            sample(model, tokenizer, prompts, uniforms=uniforms, temperature=algorithm.temperature)
         with emulation.phase("train"):
             for rows in torch.arange(len(prompts)).split(algorithm.micro_batch_size):
                 tokens = torch.cat([ids[rows], answer[rows]], 1)

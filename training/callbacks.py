@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class AqnCallback(TrainerCallback):
-    """Tells the emulation the step, from the trainer's own count: right after a resume, too."""
+    """Tells the emulation the step, from the trainer's own count of updates: right after a resume, too."""
 
-    def __init__(self, emulation: Emulation) -> None:
-        self.emulation = emulation
+    def __init__(self, emulation: Emulation, updates_per_step: int = 1) -> None:
+        self.emulation, self.updates = emulation, updates_per_step
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.emulation.begin_step(state.global_step, state.max_steps)
+        self.emulation.begin_step(state.global_step // self.updates, state.max_steps // self.updates)
 
 
 class InterruptCallback(TrainerCallback):

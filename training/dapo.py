@@ -1,4 +1,4 @@
-"""DAPO (arXiv 2503.14476) on TRL's GRPOTrainer, with rollouts and loss on emulated hardware.
+"""DAPO (arXiv 2503.14476) and GRPO with KL on TRL's GRPOTrainer, with rollouts and loss on emulated hardware.
 
 TRL has the asymmetric clip, the token-level loss and the group advantage. Added here are dynamic sampling, the phases
 and sequence ids that the emulation needs, and a run that is a pure function of its config and seed: which problems a
@@ -8,14 +8,12 @@ nor on whether the run was interrupted and resumed.
 
 from __future__ import annotations
 
-import itertools
+import copy
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +35,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from aqnsim._errors import ConfigError
 from training import checkpoints
+from training.batch import Completion, Group, collate, deal, is_informative, share
 from training.callbacks import AqnCallback, InterruptCallback, UpdateGuard
 from training.config import Algorithm
-from training.generation import TokenIds, generate, keyed_uniforms, pad_left
+from training.generation import TokenIds, evaluating, keyed_uniforms, sample
+from training.mismatch import TokenTally, importance_weights
 from training.prompts import PromptSchedule
 from training.tasks import Problem
 
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from aqnsim import Emulation
 
 logger = logging.getLogger(__name__)
+
+ROLLED_OUT = ("prompt_ids", "prompt_mask", "completion_ids", "whole_mask", "sequence_ids")
+"""Columns of a forward over whole sequences; the mask is that of all completions, whether they count or not."""
 
 PROFILE_FILE = "profile.json"
 """In each checkpoint: the profile that it was trained under."""
@@ -56,109 +59,16 @@ Score = Callable[[str, str], bool]
 """score(completion, answer): whether the completion answers the problem."""
 
 
-def grpo_config(
-    algorithm: Algorithm,
-    *,
-    output_dir: str | Path,
-    seed: int,
-    save_every: int = 10,
-    keep_checkpoints: int = 2,
-    gradient_checkpointing: bool = False,
-    report_to: Sequence[str] = ("tensorboard",),
-    world_size: int | None = None,
-) -> GRPOConfig:
-    """DAPO's settings for TRL: one generation batch is one optimizer step.
-
-    Args:
-        algorithm: the settings of the experiment.
-        output_dir: where checkpoints and TensorBoard logs go.
-        seed: of the problems' order, of the sampling and of LoRA's dropout.
-        save_every: steps between checkpoints; the last step always has one.
-        keep_checkpoints: how many of the newest are kept.
-        gradient_checkpointing: recompute activations in the backward.
-        report_to: trackers of transformers, such as "tensorboard".
-        world_size: ranks; None takes what torchrun says, else one.
-
-    Raises:
-        ConfigError: the step's completions cannot be divided among ranks and micro-batches.
-    """
-    ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    if algorithm.prompts_per_step % ranks:
-        raise ConfigError(
-            f"algorithm.prompts_per_step = {algorithm.prompts_per_step} is not a multiple of the {ranks} ranks: "
-            "a prompt's group stays on one rank"
-        )
-    per_rank = algorithm.prompts_per_step * algorithm.group_size // ranks
-    if per_rank % algorithm.micro_batch_size:
-        raise ConfigError(
-            f"algorithm.micro_batch_size = {algorithm.micro_batch_size} does not divide the {per_rank} completions "
-            f"of a rank (prompts_per_step {algorithm.prompts_per_step} * group_size {algorithm.group_size} / "
-            f"{ranks} ranks)"
-        )
-    return GRPOConfig(
-        output_dir=str(output_dir),
-        seed=seed,
-        # DAPO
-        loss_type=algorithm.name,
-        epsilon=algorithm.clip_low,
-        epsilon_high=algorithm.clip_high,
-        beta=0.0,
-        scale_rewards="group",
-        reward_weights=[1.0, algorithm.overlong_penalty],
-        num_generations=algorithm.group_size,
-        max_completion_length=algorithm.max_new_tokens,
-        temperature=algorithm.temperature,
-        # optimizer
-        max_steps=algorithm.steps or -1,
-        num_train_epochs=algorithm.epochs,
-        learning_rate=algorithm.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=algorithm.warmup_steps,
-        weight_decay=algorithm.weight_decay,
-        max_grad_norm=algorithm.max_grad_norm,
-        per_device_train_batch_size=algorithm.micro_batch_size,
-        gradient_accumulation_steps=per_rank // algorithm.micro_batch_size,
-        activation_checkpointing=gradient_checkpointing,
-        # No autocast: weights, adapters and activations keep the dtypes that the experiment names.
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        # records
-        save_strategy="steps",
-        save_steps=save_every,
-        save_total_limit=keep_checkpoints,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=list(report_to),
-        disable_tqdm=True,
-    )
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion. Its id is its position among all completions of the step, over all ranks."""
-
-    sequence_id: int
-    prompt: TokenIds
-    tokens: TokenIds
-    advantage: float
-    correct: float
-
-
-Group = Sequence[Completion]
-"""The completions of one prompt."""
-
-
-def is_informative(group: Group) -> bool:
-    """Whether the completions differ in accuracy: 0 < correct < G (the constraint of DAPO's eq. 8)."""
-    return len({completion.correct for completion in group}) > 1
-
-
 class DapoTrainer(GRPOTrainer):
     """GRPOTrainer with dynamic sampling, on emulated hardware.
 
     A step with fewer informative groups than it wants, after `max_generation_batches`, proceeds with what there is:
     the others keep their place with a weight of zero, and the mean is over the tokens of the informative ones. With
     none at all the update is skipped: neither momentum nor weight decay moves a parameter.
+
+    A step's groups are dealt out to `updates_per_step` updates, as many whatever was filtered. Where there are several,
+    the ratio of the clip is to the policy before the first of them, under the loss's own noise. The KL term is to the
+    policy that training began with, emulated as the policy is, in the phase "reference" and so with noise of its own.
 
     Args:
         model: with its adapters attached (`adapters.attach_lora`).
@@ -169,7 +79,8 @@ class DapoTrainer(GRPOTrainer):
         score: the reward, 1 or 0, before the overlong punishment.
         emulation: attached to `model`.
         on_metrics: is given one dict after each optimizer step, on rank 0: the fields of `records.StepMetrics` but
-            for the sigmas. `step` is the number of updates with this one, as in the names of checkpoints.
+            for the sigmas. `step` is the number of generation batches with this one; the names of checkpoints count
+            updates.
         callbacks: further callbacks of transformers.
 
     Raises:
@@ -209,9 +120,17 @@ class DapoTrainer(GRPOTrainer):
             args=args,
             train_dataset=Dataset.from_list(self._rows),
             processing_class=tokenizer,
-            callbacks=[AqnCallback(emulation), UpdateGuard(self), self.interrupt, *callbacks],
+            callbacks=[
+                AqnCallback(emulation, algorithm.updates_per_step),
+                UpdateGuard(self),
+                self.interrupt,
+                *callbacks,
+            ],
         )
         self.remove_callback(PrinterCallback)
+        self._first: nn.Module | None = None
+        if algorithm.kl and not isinstance(model, PeftModel):
+            self._first = copy.deepcopy(model).requires_grad_(False)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer.train does; Ctrl-C ends the run after the current step, with a checkpoint."""
@@ -225,14 +144,32 @@ class DapoTrainer(GRPOTrainer):
 
     # Rollout
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Sample the step's completions until enough groups are informative; return this rank's share.
+    @property
+    def step(self) -> int:
+        """The generation batch that is trained on, from 0; TRL counts its updates."""
+        return int(self.state.global_step) // self.algorithm.updates_per_step
 
-        `inputs` is not read: Trainer's data loader keeps the count of the steps, `PromptSchedule` says what is in
-        them. All ranks see all groups, hence take the same decisions, and none waits for a collective alone.
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """This rank's share of the completions of the next update; the first update of a step samples for all.
+
+        `inputs` is not read: Trainer's data loader keeps the count of the updates, `PromptSchedule` says what is in
+        them.
         """
-        algorithm = self.algorithm
-        wanted, step = algorithm.prompts_per_step, self.state.global_step
+        update = int(self.state.global_step) % self.algorithm.updates_per_step
+        if update == 0:
+            self._dealt = deal(self._rollout(), self.algorithm.updates_per_step)
+            self._tally = TokenTally(self.accelerator.device)
+            self._columns = [self._collate(groups) for groups in self._dealt]
+        self.nothing_to_learn = not any(map(self._weighs, self._dealt[update]))
+        return self._columns[update]
+
+    def _rollout(self) -> list[Group]:
+        """Sample until enough groups are informative; the groups of the step, informative ones first.
+
+        All ranks see all groups, hence take the same decisions, and none waits for a collective alone.
+        """
+        algorithm, step = self.algorithm, self.step
+        wanted = algorithm.prompts_per_step
         groups = self._sample_groups(step, batch=0)
         batches = 1
         if algorithm.dynamic_sampling:
@@ -242,12 +179,11 @@ class DapoTrainer(GRPOTrainer):
             groups = sorted(groups, key=is_informative, reverse=True)[:wanted]  # stable: in order of sampling
         kept = sum(map(is_informative, groups))
         self._starved = algorithm.dynamic_sampling and kept < wanted
-        self.nothing_to_learn = algorithm.dynamic_sampling and kept == 0
         if self._starved and self.is_world_process_zero():
             logger.warning(
                 "step %d is starved: %d of %d groups are informative after %d generation batches; %s",
                 *(step + 1, kept, wanted, batches),
-                "the update is skipped" if self.nothing_to_learn else "the update is made with these",
+                "updates are made with these" if kept else "the update is skipped",
             )
         for name, value in [
             ("kept_groups", kept),
@@ -255,7 +191,7 @@ class DapoTrainer(GRPOTrainer):
             ("starved", self._starved),
         ]:
             self._metrics["train"][f"dapo/{name}"].append(float(value))
-        return self._collate(groups)
+        return groups
 
     def _sample_groups(self, step: int, batch: int) -> list[Group]:
         """One generation batch, scored: its groups on all ranks, in the order of the schedule."""
@@ -267,56 +203,88 @@ class DapoTrainer(GRPOTrainer):
         self._sequence_ids = list(range(first_id, first_id + share))
         scored = super()._generate_and_score_completions(rows[start : start + share])
         prompts = _unpad(scored["prompt_ids"], scored["prompt_mask"])
-        tokens = _unpad(scored["completion_ids"], scored["completion_mask"])
         correct = self._correct[start : start + share].tolist()
-        columns = (self._sequence_ids, prompts, tokens, scored["advantages"].tolist(), correct)
-        completions = gather_object(list(itertools.starmap(Completion, zip(*columns, strict=True))))
+        columns = (self._sequence_ids, prompts, self._sampled, scored["advantages"].tolist(), correct)
+        completions = gather_object(
+            [
+                Completion(i, prompt, s.tokens, s.log_probs, advantage, right)
+                for i, prompt, s, advantage, right in zip(*columns, strict=True)
+            ]
+        )
         return [completions[i : i + size] for i in range(0, len(completions), size)]
 
-    def _collate(self, groups: list[Group]) -> dict[str, torch.Tensor]:
-        """This rank's share of the groups as TRL's generation batch, with a column of sequence ids.
+    def _weighs(self, group: Group) -> bool:
+        """Whether a group counts in the loss."""
+        return not self.algorithm.dynamic_sampling or is_informative(group)
 
-        The normaliser of the token-level loss is the number of tokens, over all ranks, that have a weight.
+    def _collate(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+        """This rank's share of an update's groups as TRL's generation batch.
+
+        The normaliser of the token-level loss is the number of the update's tokens, over all ranks, that have a weight.
         """
-        weighs = [not self.algorithm.dynamic_sampling or is_informative(group) for group in groups]
-        tokens = sum(len(c.tokens) for g, has in zip(groups, weighs, strict=True) if has for c in g)
-        share = len(groups) // self.accelerator.num_processes
-        local = slice(share * self.accelerator.process_index, share * (self.accelerator.process_index + 1))
-        completions = list(itertools.chain.from_iterable(groups[local]))
-        weight = torch.tensor(weighs[local]).repeat_interleave(self.algorithm.group_size)
-        padding = self._tokenizer.pad_token_id
-        prompt_ids, prompt_mask = pad_left([c.prompt for c in completions], padding)
-        # Right padding is left padding in the mirror.
-        ids, mask = pad_left([c.tokens[::-1] for c in completions], padding)
-        columns = {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "completion_ids": ids.flip(1),
-            "completion_mask": mask.flip(1) * weight[:, None],
-            "advantages": torch.tensor([c.advantage for c in completions]),
-            "sequence_ids": torch.tensor([c.sequence_id for c in completions]),
-            "num_items_in_batch": torch.tensor(tokens),
-        }
-        return {name: column.to(self.accelerator.device) for name, column in columns.items()}
+        own = share(groups, self.accelerator.num_processes, self.accelerator.process_index)
+        columns = collate(own, weighs=[self._weighs(g) for g in own], padding=self._tokenizer.pad_token_id)
+        tokens = sum(len(c.tokens) for g in groups if self._weighs(g) for c in g)
+        columns = {name: column.to(self.accelerator.device) for name, column in columns.items()}
+        if self.algorithm.updates_per_step > 1 or self.algorithm.mismatch != "report":
+            columns["old_per_token_logps"] = self._log_probs(self._policy, columns, "train")
+        if self.algorithm.kl:
+            with self._reference() as reference:
+                columns["ref_per_token_logps"] = self._log_probs(reference, columns, "reference")
+        if self.algorithm.mismatch != "report":
+            weights = importance_weights(
+                self.algorithm.mismatch,
+                self.algorithm.mismatch_limit,
+                columns["old_per_token_logps"],
+                columns["sampling_per_token_logps"],
+                columns["completion_mask"],
+            )
+            columns["advantages"] = columns["advantages"][:, None] * weights
+        columns["num_items_in_batch"] = torch.tensor(tokens, device=self.accelerator.device)
+        return columns
+
+    def _log_probs(self, model: nn.Module, columns: dict[str, torch.Tensor], phase: str) -> torch.Tensor:
+        """Log-probabilities of the completions, in micro-batches: the noise of a row does not depend on who shares it.
+
+        In the phase "train" that noise is the loss's own, as its key, step and rows are: before the first update the
+        ratio to these is 1.
+        """
+        parts = []
+        for rows in torch.arange(len(columns["prompt_ids"])).split(self.args.per_device_train_batch_size):
+            batch = {name: columns[name][rows] for name in ROLLED_OUT}
+            with torch.no_grad(), evaluating(model), ExitStack() as stack:
+                stack.enter_context(self.emulation.phase(phase))
+                stack.enter_context(self.emulation.sequences(batch["sequence_ids"]))
+                log_probs, _, _ = super()._get_per_token_logps_and_entropies(
+                    model,
+                    torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
+                    torch.cat([batch["prompt_mask"], batch["whole_mask"]], 1),
+                    batch["completion_ids"].shape[1],
+                )
+            parts.append(log_probs)
+        return torch.cat(parts)
+
+    @contextmanager
+    def _reference(self) -> Iterator[nn.Module]:
+        """The policy that training began with: the model without its adapters, or a copy of its first weights."""
+        if self._first is not None:
+            yield self._first
+            return
+        assert isinstance(self._policy, PeftModel)
+        with self._policy.disable_adapter():
+            yield self._policy
 
     def _generate_single_turn(
         self, prompt_ids: list[TokenIds], *args: Any, **kwargs: Any
     ) -> tuple[list[TokenIds], None]:
         """Sample one completion of each prompt on the emulated hardware, noise and all."""
-        uniforms = keyed_uniforms(
-            self.args.seed, self.state.global_step, self._sequence_ids, self.algorithm.max_new_tokens
-        )
+        uniforms = keyed_uniforms(self.args.seed, self.step, self._sequence_ids, self.algorithm.max_new_tokens)
         ids = torch.tensor(self._sequence_ids, device=self.accelerator.device)
         with self.emulation.phase("rollout"), self.emulation.sequences(ids):
-            completions = generate(
-                self._policy,
-                self._tokenizer,
-                prompt_ids,
-                max_new_tokens=self.algorithm.max_new_tokens,
-                uniforms=uniforms,
-                temperature=self.algorithm.temperature,
+            self._sampled = sample(
+                self._policy, self._tokenizer, prompt_ids, uniforms=uniforms, temperature=self.algorithm.temperature
             )
-        return completions, None
+        return [s.tokens for s in self._sampled], None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Rewards [completions of all ranks, functions]; accuracy is kept apart.
@@ -339,7 +307,33 @@ class DapoTrainer(GRPOTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         self._micro_batch.enter_context(self.emulation.phase("train"))
         self._micro_batch.enter_context(self.emulation.sequences(inputs["sequence_ids"]))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        self.beta = self.algorithm.kl  # here alone: elsewhere TRL would make a reference of its own
+        try:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.beta = 0.0
+        self._count(inputs)
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        self._policy_now = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        return self._policy_now
+
+    def _count(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Add a micro-batch to what the step's records say of its tokens."""
+        log_probs, entropy, _ = self._policy_now
+        now = log_probs.detach()
+        self._tally.add(
+            mask=inputs["completion_mask"],
+            rollout=inputs["sampling_per_token_logps"],
+            old=inputs.get("old_per_token_logps", now),
+            new=now,
+            reference=inputs.get("ref_per_token_logps"),
+            entropy=entropy.detach(),
+            advantages=inputs["advantages"].reshape(len(now), -1),
+            clip=(self.algorithm.clip_low, self.algorithm.clip_high),
+            limit=self.algorithm.mismatch_limit,
+        )
 
     # Records
 
@@ -348,10 +342,13 @@ class DapoTrainer(GRPOTrainer):
         for name in [name for name, values in metrics.items() if all(map(math.isnan, values))]:
             del metrics[name]  # such as the clip ratio of no tokens: trackers have no word for "no value"
         super().log(logs, start_time)
-        if "loss" in logs and self.is_world_process_zero():
+        if "loss" not in logs:
+            return
+        tokens = self._tally.result()  # of all ranks
+        if self.is_world_process_zero():
             self._on_metrics(
                 {
-                    "step": self.state.global_step,
+                    "step": self.state.global_step // self.algorithm.updates_per_step,
                     "reward": logs["reward"],
                     "accuracy": logs["rewards/accuracy/mean"],
                     "kept_groups": int(logs["dapo/kept_groups"]),
@@ -360,7 +357,8 @@ class DapoTrainer(GRPOTrainer):
                     "loss": logs["loss"],
                     "grad_norm": logs["grad_norm"],
                     "completion_length": logs["completions/mean_length"],
-                    "seconds": logs["step_time"],
+                    "seconds": logs["step_time"] * self.algorithm.updates_per_step,
+                    **tokens,
                 }
             )
 

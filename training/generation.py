@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,16 +50,21 @@ class KeyedSampling(LogitsProcessor):
         uniforms: [sequences, max_new_tokens] in [0, 1).
         temperature: divides the scores.
         prompt_width: number of columns of the padded prompts, which is where position 0 is.
+
+    Attributes:
+        log_probs: of the tokens chosen so far, under the softmax they were drawn from: fp32 [sequences] a position.
     """
 
     def __init__(self, uniforms: torch.Tensor, temperature: float, prompt_width: int) -> None:
         self.uniforms = uniforms
         self.temperature = temperature
         self.prompt_width = prompt_width
+        self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1] - self.prompt_width
-        cumulative = (scores / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        probabilities = (scores / self.temperature).softmax(-1)
+        cumulative = probabilities.cumsum(-1, dtype=torch.float64)
         if cumulative[:, -1].isnan().any():
             raise RealisationError(
                 f"the logits of new token {position} are NaN or infinite: the emulated forward overflowed; "
@@ -66,31 +72,70 @@ class KeyedSampling(LogitsProcessor):
             )
         threshold = self.uniforms[:, position, None].to(scores.device) * cumulative[:, -1:]
         chosen = torch.searchsorted(cumulative, threshold, right=True)
+        self.log_probs.append(probabilities.gather(1, chosen)[:, 0].log())
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A sampled completion, with the log-probability of each token under the softmax that it was drawn from."""
+
+    tokens: TokenIds
+    log_probs: list[float]
+
+
 def generate(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[TokenIds],
-    *,
-    max_new_tokens: int,
-    uniforms: torch.Tensor | None = None,
-    temperature: float = 1.0,
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[TokenIds], *, max_new_tokens: int
 ) -> list[TokenIds]:
-    """Complete the prompts, each up to and including its end-of-sequence token.
+    """Complete the prompts greedily, each up to and including its end-of-sequence token.
 
     Args:
         model: a causal language model of transformers, with or without PEFT adapters.
         tokenizer: gives the padding and the end-of-sequence token.
         prompts: token ids of each prompt; they are padded on the left.
         max_new_tokens: longest completion.
-        uniforms: [prompts, max_new_tokens] from `keyed_uniforms`; None decodes greedily.
-        temperature: of the sampling; greedy decoding ignores it.
 
     Returns:
         The token ids of each completion, in the order of the prompts.
     """
+    return _complete(model, tokenizer, prompts, max_new_tokens, LogitsProcessorList())
+
+
+def sample(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenIds],
+    *,
+    uniforms: torch.Tensor,
+    temperature: float,
+) -> list[Sample]:
+    """Draw a completion of each prompt, up to and including its end-of-sequence token.
+
+    Args:
+        model, tokenizer, prompts: as in `generate`.
+        uniforms: [prompts, longest completion] from `keyed_uniforms`.
+        temperature: divides the logits.
+
+    Returns:
+        The completions in the order of the prompts.
+
+    Raises:
+        RealisationError: logits are NaN or infinite.
+    """
+    width = max(map(len, prompts))
+    sampling = KeyedSampling(uniforms, temperature, width)
+    completions = _complete(model, tokenizer, prompts, uniforms.shape[1], LogitsProcessorList([sampling]))
+    log_probs = torch.stack(sampling.log_probs, 1).tolist()
+    return [Sample(c, row[: len(c)]) for c, row in zip(completions, log_probs, strict=True)]
+
+
+def _complete(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TokenIds],
+    max_new_tokens: int,
+    processors: LogitsProcessorList,
+) -> list[TokenIds]:
     target: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     ends = end_of_sequence_ids(target, tokenizer)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
@@ -103,10 +148,7 @@ def generate(
         eos_token_id=ends,
         disable_compile=True,
     )
-    processors = LogitsProcessorList()
-    if uniforms is not None:
-        processors.append(KeyedSampling(uniforms, temperature, ids.shape[1]))
-    with torch.no_grad(), _evaluating(target), _generation_config(target, config):
+    with torch.no_grad(), evaluating(target), _generation_config(target, config):
         output = target.generate(
             input_ids=ids.to(target.device),
             attention_mask=mask.to(target.device),
@@ -139,7 +181,8 @@ def _until_end(tokens: TokenIds, ends: Sequence[int]) -> TokenIds:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Run a block with a model in eval mode: no dropout."""
     training = model.training
     model.eval()
     try:

@@ -25,10 +25,26 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Mismatch(Record):
+    """How far the loss's policy is from the one that sampled: log p(loss) - log p(rollout) over a step's tokens.
+
+    `k1` and `k3` estimate KL(rollout || loss); `beyond` is the share of tokens whose ratio exceeds the limit.
+    """
+
+    mean: float
+    std: float
+    max: float
+    k1: float
+    k3: float
+    beyond: float
+
+
 class StepMetrics(Record):
     """One line of metrics.jsonl: what one step of training did.
 
-    `nonfinite` names the values that were NaN or infinite and are stored as null.
+    Of its tokens: how many counted in the loss, the mean entropy in nats, the share that the clip cut, the KL to the
+    policy that training began with, and the mismatch. `nonfinite` names the values that were NaN or infinite and are
+    stored as null.
     """
 
     step: int
@@ -43,6 +59,11 @@ class StepMetrics(Record):
     grad_norm: float | None
     completion_length: float | None
     seconds: float
+    tokens: int | None = None
+    entropy: float | None = None
+    clipped: float | None = None
+    kl: float | None = None
+    mismatch: Mismatch | None = None
     nonfinite: dict[str, str] | None = None
 
 

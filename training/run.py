@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from rich.console import Console
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 import aqnsim
@@ -26,8 +26,9 @@ from aqnsim import ConfigError, Emulation, RealisationError, Receipt, ReceiptTot
 from aqnsim.receipts import by_request, merge, table
 from training import checkpoints
 from training.adapters import attach_lora
-from training.config import Experiment, NoLora, load
-from training.dapo import DapoTrainer, grpo_config
+from training.arguments import grpo_config
+from training.config import Experiment, Lora, load
+from training.dapo import DapoTrainer
 from training.evaluate import ProblemResult, evaluate_modes
 from training.hardware import build_aqn, build_profile, build_schedule
 from training.memory import keep_freed_memory
@@ -50,6 +51,9 @@ from training.tasks import Task, task_of
 
 ADAPTER = "adapter"
 """In the run directory: the final adapters, as safetensors."""
+
+MODEL = "model"
+"""In the run directory: all weights, where all were trained."""
 
 EVAL_BATCH = 100
 """Problems decoded at once; part of what an evaluation's last bits depend on, hence not a setting."""
@@ -119,9 +123,10 @@ class Arm:
         self.eval_problems = self.task.problems("eval", task.eval_problems, 0)
         model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
         end_completions_at(model, self.tokenizer, self.task.end)
-        if isinstance(experiment.lora, NoLora):
-            raise ConfigError("lora.method = 'none': training all weights is not supported yet")
-        self.model: PeftModel = attach_lora(model, experiment.lora, seed=seed)
+        lora = experiment.lora
+        self.model: PreTrainedModel | PeftModel = (
+            attach_lora(model, lora, seed=seed) if isinstance(lora, Lora) else model.requires_grad_(True)
+        )
         layers = model.config.get_text_config().num_hidden_layers
         profile = build_profile(experiment, layers=layers)
         aqn = build_aqn(experiment, layers=layers, seed=seed)
@@ -137,7 +142,8 @@ class Arm:
         trainer = self._trainer()
         checkpoint = checkpoints.latest_checkpoint(directory.path) if resuming else None
         if resuming:
-            step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else None
+            updates = self.experiment.algorithm.updates_per_step
+            step = int(checkpoint.name.rpartition("-")[2]) // updates if checkpoint else None
             directory.resume(step)
             console.print(f"resuming from {checkpoint.name if checkpoint else 'the start'}")
         if checkpoint is None:
@@ -145,7 +151,7 @@ class Arm:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if trainer.interrupted:
             console.print(
-                f"interrupted after step {trainer.state.global_step}; continue with:\n"
+                f"interrupted after step {trainer.step}; continue with:\n"
                 f"  python -m training run {self.experiment.id} --resume {directory.path}"
             )
             raise KeyboardInterrupt
@@ -154,12 +160,14 @@ class Arm:
     def _trainer(self) -> DapoTrainer:
         algorithm = self.experiment.algorithm
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.directory.path / "tensorboard")
-        self.recorder = StepRecorder(self.emulation, self.directory, self.console)
+        self.recorder = StepRecorder(self.emulation, self.directory, self.console, algorithm.updates_per_step)
         return DapoTrainer(
             self.model,
             tokenizer=self.tokenizer,
             algorithm=algorithm,
-            args=grpo_config(algorithm, output_dir=self.directory.path, seed=self.seed),
+            args=grpo_config(
+                algorithm, output_dir=self.directory.path, seed=self.seed, steps=self.experiment.total_steps
+            ),
             problems=self.train_problems,
             score=self.task.score,
             emulation=self.emulation,
@@ -203,7 +211,7 @@ class Arm:
         return evaluation
 
     def _finish(self, trainer: DapoTrainer) -> None:
-        evaluation = self._evaluate(step=trainer.state.global_step, is_final=True)
+        evaluation = self._evaluate(step=trainer.step, is_final=True)
         specs = [rule.spec for rule in self.emulation.profile.rules]
         self.emulation.check(backward=any(s.grad_input.error or s.grad_weight.error for s in specs))
         receipts = self.emulation.receipts(until=self.emulation.snapshot(reduce=True))
@@ -211,16 +219,20 @@ class Arm:
         self.directory.write_json(EVALUATION, evaluation)
         self.console.print(table(receipts) if receipts else "profile ideal: nothing is emulated")
         if trainer.is_world_process_zero():
-            self._save_adapter()
+            self._save_model()
             plot_run(self.directory.path, self.directory.path / "run.png")
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
 
-    def _save_adapter(self) -> None:
-        staging = self.directory.path / f".{ADAPTER}.tmp"
+    def _save_model(self) -> None:
+        """The adapters, or all weights as they train, which is masters, beside what they were trained on."""
+        adapted = isinstance(self.model, PeftModel)
+        name = ADAPTER if adapted else MODEL
+        kwargs: dict[str, Any] = {"save_embedding_layers": False} if adapted else {}
+        staging = self.directory.path / f".{name}.tmp"
         shutil.rmtree(staging, ignore_errors=True)
-        self.model.save_pretrained(str(staging), save_embedding_layers=False)
-        final = self.directory.path / ADAPTER
+        self.emulation.save_pretrained(staging, frozen="master", **kwargs)
+        final = self.directory.path / name
         shutil.rmtree(final, ignore_errors=True)  # of an attempt to finish that was cut off
         os.replace(staging, final)
 
@@ -228,8 +240,11 @@ class Arm:
 class StepRecorder(TrainerCallback):
     """Holds each step's receipts against what the step asked for, and writes both down."""
 
-    def __init__(self, emulation: Emulation, directory: RunDirectory, console: Console) -> None:
+    def __init__(
+        self, emulation: Emulation, directory: RunDirectory, console: Console, updates_per_step: int = 1
+    ) -> None:
         self.emulation, self.directory, self.console = emulation, directory, console
+        self.updates = updates_per_step
         self._start: ReceiptTotals | None = None
         self._receipts: list[Receipt] = []
         self._requested: float | None = None
@@ -238,7 +253,8 @@ class StepRecorder(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._start = self.emulation.snapshot(reduce=True)
+        if state.global_step % self.updates == 0:
+            self._start = self.emulation.snapshot(reduce=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Attest the step.
@@ -246,11 +262,13 @@ class StepRecorder(TrainerCallback):
         Raises:
             RealisationError: AQN's sigma of this step did not reach the norms.
         """
+        if state.global_step % self.updates:
+            return  # the step has updates left
         end = self.emulation.snapshot(reduce=True)
         self._receipts = self.emulation.receipts(since=self._start, until=end)
         if self.emulation.aqn is not None:
             self._requested = self.emulation.sigma
-            self._realised = realised_aqn_sigma(self.emulation, self._receipts, state.global_step)
+            self._realised = realised_aqn_sigma(self.emulation, self._receipts, state.global_step // self.updates)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append the step to the run's records; called on rank 0."""

@@ -218,13 +218,18 @@ Adapters = Annotated[
 ]
 
 
+Mismatch = Literal["report", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"]
+"""What is done about a loss whose policy is not the one that sampled; see `training.mismatch`."""
+
+
 class Algorithm(Table):
     """The policy gradient, its clip, its rollouts and its optimizer.
 
     `dapo` has a token-level loss and may leave out groups that agree (`dynamic_sampling`); `grpo` has the mean over
     sequences, and uses every group. Lengths are in tokens. `steps` counts generation batches; left out, it follows
     from the epochs. `kl` weighs the divergence from the policy that training began with; 0 leaves it out.
-    `updates_per_step` is how many optimizer updates a generation batch is divided into.
+    `updates_per_step` is how many optimizer updates a generation batch is divided into. `mismatch` says what is done
+    about the distance between rollout and loss, and `mismatch_limit` where ratios are cut.
     """
 
     name: Literal["dapo", "grpo"]
@@ -246,6 +251,8 @@ class Algorithm(Table):
     overlong_penalty: NonNegativeFloat
     dynamic_sampling: bool
     max_generation_batches: PositiveInt
+    mismatch: Mismatch = "report"
+    mismatch_limit: PositiveFloat = 3.0
     steps: PositiveInt | None = None
 
     @model_validator(mode="after")

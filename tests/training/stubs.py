@@ -14,8 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from training.adapters import attach_lora
+from training.arguments import grpo_config
 from training.config import Algorithm, Lora
-from training.dapo import DapoTrainer, grpo_config
+from training.dapo import DapoTrainer
 from training.tasks import Problem
 
 CHARACTERS = "0123456789+= "

@@ -27,9 +27,10 @@ from trl import GRPOTrainer
 
 from aqnsim._errors import ConfigError, RealisationError
 from training.adapters import attach_lora, check_gradient_flow
+from training.arguments import grpo_config
 from training.callbacks import InterruptCallback
 from training.checkpoints import STAGING, CheckpointError, latest_checkpoint, require_checkpoint
-from training.dapo import DapoTrainer, grpo_config, refuse_uncovered_lm_head
+from training.dapo import DapoTrainer, refuse_uncovered_lm_head
 from training.prompts import PromptSchedule
 
 
@@ -150,7 +151,7 @@ def test_without_dynamic_sampling_the_batch_is_trls_own(tmp_path: Path, monkeypa
         monkeypatch.setattr(cls, "_generate_and_score_completions", recording)
     run = Run(tmp_path, dynamic_sampling=False, steps=1, score=ByPrompt([2])).train()
     (a,), (b,) = ours, theirs
-    assert a.keys() == b.keys() | {"sequence_ids"}
+    assert a.keys() == b.keys() | {"sequence_ids", "sampling_per_token_logps", "whole_mask"}
     assert all(torch.equal(a[name], b[name]) for name in b)
     assert a["sequence_ids"].tolist() == list(range(16))
     assert run.results[0]["kept_groups"] == 2
@@ -264,19 +265,19 @@ def test_phase_and_ids_hold_in_the_recomputation_of_a_checkpointed_backward(tmp_
 
 def test_a_completion_does_not_depend_on_who_shares_its_batch(tmp_path: Path) -> None:
     """Same ids, same prompts, half the group: the shared completions are the same."""
-    from training.generation import generate, keyed_uniforms
+    from training.generation import keyed_uniforms, sample
 
     model, tokenizer = tiny_model(), tiny_tokenizer()
     prompts = tokenizer(["1+1=", "12+12=", "3+4="])["input_ids"]
 
-    def sample(rows: list[int], seed: int = 5) -> list[list[int]]:
+    def drawn(rows: list[int], seed: int = 5) -> list[list[int]]:
         uniforms = keyed_uniforms(seed, 2, rows, 12)
         chosen = [prompts[i] for i in rows]
-        return generate(model, tokenizer, chosen, max_new_tokens=12, uniforms=uniforms)
+        return [s.tokens for s in sample(model, tokenizer, chosen, uniforms=uniforms, temperature=1.0)]
 
-    together = sample([0, 1, 2])
-    assert [sample([i])[0] for i in range(3)] == together
-    assert sample([0, 1, 2], seed=6) != together
+    together = drawn([0, 1, 2])
+    assert [drawn([i])[0] for i in range(3)] == together
+    assert drawn([0, 1, 2], seed=6) != together
 
 
 def test_sampling_follows_the_softmax() -> None:
