@@ -1,4 +1,4 @@
-"""The command line of the experiments: `python -m training run | list | compare | plot`."""
+"""The command line of the experiments: `python -m training run | list | plan | compare | plot`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from aqnsim._errors import AqnsimError
-from training.config import load
+from training.config import Experiment, load
 from training.sources import DEFAULT_PRESET, names
 
 
@@ -74,24 +74,22 @@ def list_command(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
-        "experiment",
-        "question",
-        show_lines=True,
-        caption="Published scores are claims to compare with, never evidence.",
-    )
+    families: dict[str, list[Experiment]] = {}
     for name in names():
         experiment = load(name, preset)
-        question, published = experiment.question, experiment.published
-        setup = [
-            f"[bold]{name}[/bold]",
-            f"profile {experiment.profile.name}",
-            f"AQN {_noise(experiment.aqn.model_dump())}",
-            f"control {question.control_id or 'none'}",
-        ]
-        claim = f"published {published.score}: {published.caveat}" if published else "unpublished"
-        table.add_row("\n".join(setup), f"{escape(question.ask)}\n[dim]{escape(claim)}[/dim]")
-    Console().print(table)
+        families.setdefault(experiment.question.family, []).append(experiment)
+    console = Console()
+    for family, members in sorted(families.items()):
+        table = Table("experiment", "question", "profile", "AQN", "claim", box=None, padding=(0, 1), expand=True)
+        table.title = f"\n[bold]{escape(family)}[/bold]"
+        table.columns[0].width, table.columns[2].width, table.columns[3].width = 19, 13, 14
+        for experiment in members:
+            published = experiment.published
+            ask, claim = escape(experiment.question.ask), f"{published.score:.2f}" if published else "-"
+            aqn = _noise(experiment.aqn.model_dump())
+            table.add_row(experiment.id, f"[dim]{ask}[/dim]", experiment.profile.name, aqn, claim)
+        console.print(table)
+    console.print("Published scores are claims, never evidence; `plan` tells what speaks against each.")
 
 
 @app.command("compare")
@@ -115,13 +113,40 @@ def plot_command(
     typer.echo(plot_run(run, out or run / "run.png"))
 
 
-def _noise(aqn: dict[str, object]) -> str:
-    """The schedule with its sigma and stages, and what it acts on."""
+@app.command("plan")
+def plan_command(
+    experiment: Annotated[str, typer.Argument(help="Name of an experiment, or path to a TOML.")],
+    preset: Annotated[str, typer.Option(help="Model, task and scale: a preset's name, or path to a TOML.")] = (
+        DEFAULT_PRESET
+    ),
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a setting; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
+    runs: Annotated[Path, typer.Option(help="Where finished runs are looked for, to tell the time.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what a run would do: steps, noise, emulated sites, memory, time, what it can detect."""
+    from training.plan import plan  # here, so that --help does not load torch
+    from training.plan_page import as_text, page
+
+    made = plan(experiment, preset, overrides or [], seed=seed, runs=runs)
+    if as_json:
+        typer.echo(as_text(made))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(page(made))
+
+
+def _noise(aqn: dict[str, Any]) -> str:
+    """The schedule in brief, with what it is by layer."""
     if aqn["schedule"] == "none":
         return "none"
-    sigma = " -> ".join(str(value) for key, value in aqn.items() if key.startswith("sigma"))
-    stages = f", {aqn['stages']} stages" if "stages" in aqn else ""
-    return f"{aqn['schedule']}\n  sigma {sigma}{stages}\n  on {aqn['targets']}"
+    sigma = " -> ".join(f"{value:g}" for key, value in aqn.items() if key.startswith("sigma"))
+    drawn = f", {aqn['random_layers']} random layers" if aqn["random_layers"] else ""
+    return f"{sigma}{', by layer' if aqn['multipliers'] or aqn['zones'] else drawn}"
 
 
 if __name__ == "__main__":

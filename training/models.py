@@ -305,11 +305,11 @@ class TinyLlama(Recipe):
     It is stopped where it knows about half of them: sampled answers then differ in reward, which is all it is for.
     """
 
-    layers: int = 2
+    layers: int = 3
     hidden: int = 64
     heads: int = 4
     kv_heads: int = 2
-    steps: int = 600
+    steps: int = 700
     batch: int = 64
     learning_rate: float = 3e-3
     families: tuple[tuple[str, float], ...] = (("add-1x1", 1.0), ("add-2x1", 3.0))

@@ -32,10 +32,12 @@ class Table(BaseModel):
 class Question(Table):
     """What the experiment asks, and against which control.
 
-    `differs_in` holds the dotted keys (or whole tables) in which it may differ from its control.
+    `differs_in` holds the dotted keys (or whole tables) in which it may differ from its control; `family` is what lists
+    group experiments by.
     """
 
     ask: str
+    family: str = "others"
     control: str | None = None
     differs_in: tuple[str, ...] = ()
 

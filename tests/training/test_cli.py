@@ -88,13 +88,13 @@ def test_ctrl_c_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
 
-def test_list_shows_every_experiment_with_its_caveat() -> None:
+def test_list_shows_every_experiment_with_its_claim() -> None:
     result = runner.invoke(app, ["list"])
     assert result.exit_code == 0, result.output
     for name in names():
         assert name in result.stdout
     shown = " ".join(result.stdout.replace("│", " ").split())
-    for part in ("published 72.48", "No noise was ever", "sigma 0.05 -> 0.0005, 10 stages"):
+    for part in ("72.48", "0.05 -> 0.0005", "4-bit weights, LoRA", "claims, never evidence"):
         assert part in shown
 
 

@@ -32,8 +32,8 @@ def test_every_experiment_resolves_with_every_preset(name: str, preset: str) -> 
     experiment = load(name, preset)
     assert (experiment.id, experiment.preset) == (name, preset)
     assert experiment.total_steps > 0
-    assert experiment.published is not None
-    assert experiment.published.caveat
+    assert experiment.question.family != "others"
+    assert experiment.published is None or experiment.published.caveat
 
 
 def test_e12_is_the_plans_experiment() -> None:
@@ -72,7 +72,7 @@ def test_missing_preset_is_named() -> None:
 
 
 def test_unknown_names_get_a_suggestion() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown experiment 'e13' \(did you mean 'e12'\?\)"):
+    with pytest.raises(UnknownNameError, match=r"unknown experiment 'e13' \(did you mean 'e13n'\?\)"):
         load("e13", "smoke")
     with pytest.raises(UnknownNameError, match=r"unknown preset 'smok' \(did you mean 'smoke'\?\)"):
         load("e12", "smok")
@@ -165,7 +165,7 @@ def test_extends_in_a_circle_is_refused(write: Write) -> None:
     ("text", "message"),
     [
         ("extends = ['e12', 'e6a-lora-mxfp4']", "extends names one parent"),
-        ("extends = 'e21'", r"unknown experiment 'e21' \(did you mean 'e12'"),
+        ("extends = 'e12x'", r"unknown experiment 'e12x' \(did you mean 'e12'"),
         ("extends = 'e12'\nid = 'mine'", "id: not a key of the file"),
         ("extends = 'e12'\n[question]\nask = '?'\n[quesion]", "quesion: unknown key"),
         ("extends = 'e12'", "question: missing"),

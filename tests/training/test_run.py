@@ -81,8 +81,8 @@ def test_receipts_name_every_linear_and_norm_but_no_adapter(e12: Path) -> None:
     receipts = json.loads((e12 / "receipts.json").read_text())
     cast = {r["site"] for r in receipts if r["phase"] == "attach" and r["requested"] == "mxfp4"}
     noisy = {r["site"] for r in receipts if r["stream"] == "aqn"}
-    assert len(cast) == 14  # 2 layers of 7
-    assert len(noisy) == 5  # 2 norms a layer and the last one
+    assert len(cast) == 21  # 3 layers of 7
+    assert len(noisy) == 7  # 2 norms a layer and the last one
     assert not any("lora" in site or "lm_head" in site for site in cast | noisy)
     assert {r["phase"] for r in receipts if r["stream"] == "aqn"} == {"rollout"}
 
