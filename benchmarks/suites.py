@@ -11,7 +11,7 @@ import torch
 
 from aqnsim import conformance
 from aqnsim._errors import unknown
-from benchmarks import kernels, products
+from benchmarks import kernels, products, stages
 from benchmarks.kernels import Setting
 from benchmarks.records import Row
 
@@ -48,6 +48,7 @@ SUITES = {
     "overhead": Suite("cpu", "cpu", (kernels.overhead,)),
     "scaling": Suite("cpu", "cpu", (kernels.scaling,)),
     "linear": Suite("cpu", "cpu", (products.linear,)),
+    "stages": Suite("cpu", "cpu", (stages.rows,)),
     "train": Suite("cpu", "cpu", (_train,)),
     "e2e": Suite("cpu", "cpu", (products.linear, _train)),
     "step": Suite("cpu", "cpu", (_step,)),

@@ -16,6 +16,8 @@ import aqnsim
 import aqnsim.ops
 from aqnsim import NoiseKey
 from aqnsim.accumulator import HOST
+from aqnsim.backends import cpu
+from aqnsim.backends.compose import _Direction
 from aqnsim.profiles import Forward, GradInput, GradWeight, OpSpec
 from aqnsim.receipts import STREAMS
 from aqnsim.rng import clock, key_of
@@ -104,6 +106,13 @@ def test_a_rotation_without_casts_leaves_the_gradients(size: int, length: int) -
     torch.testing.assert_close(gx, g @ w, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(gw, g.t() @ x, rtol=1e-5, atol=2e-5)
     assert not torch.equal(gw, g.t() @ x)  # it was rotated
+
+
+def test_the_signs_of_a_rotation_do_not_repeat() -> None:
+    direction = _Direction(cpu.cast, cpu.gemm, cpu.missed, GradWeight(), KEYS[8:], CLOCK)
+    signs = direction._signs(128, torch.empty(0))
+    assert torch.equal(signs[:16], direction._signs(16, torch.empty(0)))
+    assert all(not torch.equal(signs[:32], signs[i : i + 32]) for i in range(1, 97))
 
 
 def test_a_rotation_helps_a_block_format_with_outliers() -> None:

@@ -22,10 +22,11 @@ from aqnsim.formats import get
 from aqnsim.packing import Parts, decoded, encoded
 from aqnsim.profiles.spec import OpSpec, operand, operand_draws
 from aqnsim.receipts import STATS
-from aqnsim.rng import coordinates
+from aqnsim.rng import coordinates, key_of
 from aqnsim.rotation import hadamard
 
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, odd, as a signed integer
+_SIGNS = 62  # of a Hadamard transform, in one word
 _OTHER, _FIRST, _ERROR, _CAST = range(4)  # the four streams of a direction
 
 Cast = Callable[..., tuple[Tensor, Tensor]]
@@ -179,8 +180,10 @@ class _Direction:
         return x
 
     def _signs(self, size: int, x: Tensor) -> Tensor:
-        words = self.keys[_CAST] ^ _SPREAD  # the same signs for both operands, fixed for the site
-        return torch.tensor([1.0 - 2.0 * (words >> (i % 62) & 1) for i in range(size)], device=x.device)
+        seed = self.keys[_CAST] ^ _SPREAD  # the same signs for both operands, fixed for the site
+        words = (seed, *(key_of(seed, "hadamard", str(i)) for i in range(1, math.ceil(size / _SIGNS))))
+        bits = (words[i // _SIGNS] >> (i % _SIGNS) & 1 for i in range(size))
+        return torch.tensor([1.0 - 2.0 * bit for bit in bits], device=x.device)
 
     def product(
         self, first: Tensor, other: Tensor, rows: Tensor | None, dtype: torch.dtype, stats: Tensor, bias: Tensor | None

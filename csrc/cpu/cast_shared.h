@@ -310,16 +310,26 @@ class Run {
   }
 
   void finish(T* to, const T* from, int n, const float* to_element, Sums& sums) {
-    if (kMeasure) {
-      load_all(x_, from, n);
-      load_all(y_, out, n);
-      bring(n, to_element);
-      measure_cast(x_, y_, scaled_, n, k_.element, sums);
-    }
+    if (kMeasure) measure(from, n, to_element, sums);
     copy_out(to, out, n * sizeof(T), k_.past_caches);
   }
 
  private:
+  void measure(const T* from, int n, const float* to_element, Sums& sums) {
+    int i = 0;
+#if defined(__AVX512F__)
+    const float highest = k_.element.max, lowest = -k_.element.max_negative;
+    while (!divides_ && i + kMeasured <= n &&
+           measure_cast_tile(from + i, out + i, to_element + i, highest, lowest, sums))
+      i += kMeasured;
+#endif
+    if (i == n) return;
+    load_all(x_, from + i, n - i);
+    load_all(y_, out + i, n - i);
+    bring(n - i, to_element + i);
+    measure_cast(x_, y_, scaled_, n - i, k_.element, sums);
+  }
+
   void bring(int n, const float* to_element) {
     if (divides_) {
 #pragma omp simd

@@ -16,7 +16,7 @@ namespace aqn::cpu::AQN_ISA {
 namespace {
 
 constexpr int kMicroRows = 12, kMicroColumns = 32;
-constexpr int kTileRows = 21 * kMicroRows, kTileColumns = 8 * kMicroColumns, kDepth = 512;
+constexpr int kTileRows = 11 * kMicroRows, kTileColumns = 8 * kMicroColumns, kDepth = 512;
 
 // An axis in equal parts, multiples of `unit` and at most `most` long; the last may be shorter.
 struct Parts {
@@ -96,14 +96,14 @@ void pack(uint32_t* to, const ProductOperand& o, const uint16_t* matrix, int64_t
     }
 }
 
-// Adds the products of two panels to Rows rows of a tile's sums.
+// Adds the products of two panels to Rows rows of a tile's sums, or to zeros.
 template <int Rows>
-void add_panels(float* sums, const uint32_t* a, const uint32_t* b, int pairs) {
+void add_panels(float* sums, const uint32_t* a, const uint32_t* b, int pairs, bool to_zeros) {
   __m512 s[Rows][2];
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i) {
-    s[i][0] = _mm512_load_ps(sums + i * kTileColumns);
-    s[i][1] = _mm512_load_ps(sums + i * kTileColumns + 16);
+    s[i][0] = to_zeros ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * kTileColumns);
+    s[i][1] = to_zeros ? _mm512_setzero_ps() : _mm512_load_ps(sums + i * kTileColumns + 16);
   }
   for (int k = 0; k < pairs; ++k, a += kMicroRows, b += kMicroColumns) {
     const __m512bh b0 = reinterpret_cast<__m512bh>(_mm512_load_si512(b));
@@ -122,7 +122,7 @@ void add_panels(float* sums, const uint32_t* a, const uint32_t* b, int pairs) {
   }
 }
 
-constexpr void (*kAddPanels[])(float*, const uint32_t*, const uint32_t*, int) = {
+constexpr void (*kAddPanels[])(float*, const uint32_t*, const uint32_t*, int, bool) = {
     nullptr,       add_panels<1>, add_panels<2>, add_panels<3>,  add_panels<4>,  add_panels<5>, add_panels<6>,
     add_panels<7>, add_panels<8>, add_panels<9>, add_panels<10>, add_panels<11>, add_panels<12>};
 
@@ -214,13 +214,13 @@ class Product {
     const int64_t down = i % rows_.count, right = i / rows_.count % columns_.count;
     const ProductTile t = {i / (rows_.count * columns_.count), rows_.begin(down), columns_.begin(right),
                            rows_.length_of(down), columns_.length_of(right)};
-    std::fill_n(w.sums[0], t.rows * kTileColumns, 0.0f);
+    if (depth_.count == 0) std::fill_n(w.sums[0], t.rows * kTileColumns, 0.0f);
     for (int64_t k = 0; k < depth_.count; ++k) {
       const int pairs = (depth_.length_of(k) + 1) / 2;
       const uint32_t *a = a_.block(t.matrix, down, k, w.a), *b = b_.block(t.matrix, right, k, w.b);
       for (int c = 0; c < t.columns; c += kMicroColumns)
         for (int r = 0; r < t.rows; r += kMicroRows)
-          kAddPanels[std::min(kMicroRows, t.rows - r)](w.sums[r] + c, a + r * pairs, b + c * pairs, pairs);
+          kAddPanels[std::min(kMicroRows, t.rows - r)](w.sums[r] + c, a + r * pairs, b + c * pairs, pairs, k == 0);
     }
     return t;
   }

@@ -3,15 +3,10 @@
 #pragma once
 
 #include "draws.h"
+#include "measure_avx512.h"
 
 namespace aqn::cpu::AQN_ISA {
 namespace {
-
-AQN_HD __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
-AQN_HD __m512 load16(const bf16* p) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
 
 // Values as T holds them, in fp32. For bf16 the lower halves are still there: `keep` clears them, store32 leaves them.
 template <class T>
@@ -68,20 +63,6 @@ AQN_HD void measure16(__m512 y, __m512 after, __m512i held, Measured& m) {
   m.injected2 = _mm512_fmadd_ps(share, share, m.injected2);
   m.changed += __builtin_popcount(_mm512_cmpneq_epi32_mask(is, was));
   m.injected_n += __builtin_popcount(some);
-}
-
-// Whether a sum of squares in fp32 is as good as one in fp64: no square, and no value, was infinite or NaN, and what
-// vanished below fp32's range is nothing beside what did not. `none`: it is a sum of nothing but zeros.
-AQN_HD bool is_sound(__m512 sum2, bool none) {
-  const __mmask16 bounded = _mm512_cmp_ps_mask(sum2, _mm512_set1_ps(kFloatMax), _CMP_LE_OQ);
-  const __mmask16 ample = _mm512_cmp_ps_mask(sum2, _mm512_set1_ps(0x1p-100f), _CMP_GE_OQ);
-  return bounded == 0xffff && (none || ample != 0);
-}
-
-AQN_HD void add16(double* to, __m512 x) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-  _mm512_storeu_pd(to, _mm512_loadu_pd(to) + low);
-  _mm512_storeu_pd(to + 8, _mm512_loadu_pd(to + 8) + high);
 }
 
 // A whole tile. False where it holds what takes another way to measure: nothing was stored then.
