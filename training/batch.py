@@ -15,7 +15,8 @@ from training.generation import TokenIds, pad_left
 class Completion:
     """One sampled completion. Its id is its position among all completions of the step, over all ranks.
 
-    `log_probs` are those of its tokens in the rollout.
+    `log_probs` are those of its tokens in the rollout; `correct` and `flexible` say whether it is right, by the two
+    scorers.
     """
 
     sequence_id: int
@@ -24,6 +25,7 @@ class Completion:
     log_probs: list[float]
     advantage: float
     correct: float
+    flexible: float
 
 
 Group = Sequence[Completion]

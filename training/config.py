@@ -31,6 +31,7 @@ from training.sources import (
 )
 from training.tables import (
     Adapters,
+    Alarms,
     Algorithm,
     AnyTask,
     Aqn,
@@ -54,6 +55,7 @@ from training.tables import (
 
 __all__ = [
     "Adapters",
+    "Alarms",
     "Algorithm",
     "AnyTask",
     "Aqn",
@@ -102,6 +104,7 @@ class Experiment(Table):
     algorithm: Algorithm
     model: ModelTable
     task: AnyTask
+    alarms: Alarms = Alarms()
     published: Published | None = None
 
     @property

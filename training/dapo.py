@@ -77,10 +77,12 @@ class DapoTrainer(GRPOTrainer):
         args: from `grpo_config`.
         problems: to train on.
         score: the reward, 1 or 0, before the overlong punishment.
+        flexible: a scorer that is not particular about the format, for the records; `score` where there is none.
         emulation: attached to `model`.
         on_metrics: is given one dict after each optimizer step, on rank 0: the fields of `records.StepMetrics` but
             for the sigmas. `step` is the number of generation batches with this one; the names of checkpoints count
             updates.
+        on_first_rollout: is given all groups of the first step, on every rank, before anything is trained.
         callbacks: further callbacks of transformers.
 
     Raises:
@@ -96,13 +98,16 @@ class DapoTrainer(GRPOTrainer):
         args: GRPOConfig,
         problems: Sequence[Problem],
         score: Score,
+        flexible: Score | None = None,
         emulation: Emulation,
         on_metrics: Callable[[dict[str, Any]], None] = lambda metrics: None,
+        on_first_rollout: Callable[[list[Group]], None] = lambda groups: None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         refuse_uncovered_lm_head(emulation, model)
 
         def accuracy(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+            self._flexible = [float((flexible or score)(c, a)) for c, a in zip(completions, answer, strict=True)]
             return [float(score(c, a)) for c, a in zip(completions, answer, strict=True)]
 
         overlong = get_soft_overlong_punishment(algorithm.max_new_tokens, algorithm.overlong_buffer)
@@ -110,7 +115,7 @@ class DapoTrainer(GRPOTrainer):
         self.algorithm = algorithm
         self.schedule = PromptSchedule(len(problems), algorithm.prompts_per_step, args.seed)
         self.interrupt = InterruptCallback()
-        self._on_metrics = on_metrics
+        self._on_metrics, self._on_first_rollout = on_metrics, on_first_rollout
         self._policy = model
         self._rows: list[dict[str, Any]] = [{"prompt": p.prompt, "answer": p.answer} for p in problems]
         self._directory = self._writing_to = Path(str(args.output_dir))
@@ -176,6 +181,9 @@ class DapoTrainer(GRPOTrainer):
             while sum(map(is_informative, groups)) < wanted and batches < algorithm.max_generation_batches:
                 groups += self._sample_groups(step, batches)
                 batches += 1
+        if step == 0:
+            self._on_first_rollout(groups)
+        if algorithm.dynamic_sampling:
             groups = sorted(groups, key=is_informative, reverse=True)[:wanted]  # stable: in order of sampling
         kept = sum(map(is_informative, groups))
         self._starved = algorithm.dynamic_sampling and kept < wanted
@@ -204,11 +212,11 @@ class DapoTrainer(GRPOTrainer):
         scored = super()._generate_and_score_completions(rows[start : start + share])
         prompts = _unpad(scored["prompt_ids"], scored["prompt_mask"])
         correct = self._correct[start : start + share].tolist()
-        columns = (self._sequence_ids, prompts, self._sampled, scored["advantages"].tolist(), correct)
+        columns = (self._sequence_ids, prompts, self._sampled, scored["advantages"].tolist(), correct, self._flexible)
         completions = gather_object(
             [
-                Completion(i, prompt, s.tokens, s.log_probs, advantage, right)
-                for i, prompt, s, advantage, right in zip(*columns, strict=True)
+                Completion(i, prompt, s.tokens, s.log_probs, advantage, right, loosely)
+                for i, prompt, s, advantage, right, loosely in zip(*columns, strict=True)
             ]
         )
         return [completions[i : i + size] for i in range(0, len(completions), size)]
@@ -357,6 +365,7 @@ class DapoTrainer(GRPOTrainer):
                     "loss": logs["loss"],
                     "grad_norm": logs["grad_norm"],
                     "completion_length": logs["completions/mean_length"],
+                    "truncated": logs["completions/clipped_ratio"],
                     "seconds": logs["step_time"] * self.algorithm.updates_per_step,
                     **tokens,
                 }

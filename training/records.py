@@ -13,6 +13,8 @@ RECEIPTS = "receipts.jsonl"
 FINAL_RECEIPTS = "receipts.json"
 PROBLEMS = "problems.jsonl"
 EVALUATION = "evaluation.json"
+ALARMS = "alarms.jsonl"
+PREFLIGHT = "preflight.json"
 
 Mode = Literal["clean", "emulated"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -42,9 +44,9 @@ class Mismatch(Record):
 class StepMetrics(Record):
     """One line of metrics.jsonl: what one step of training did.
 
-    Of its tokens: how many counted in the loss, the mean entropy in nats, the share that the clip cut, the KL to the
-    policy that training began with, and the mismatch. `nonfinite` names the values that were NaN or infinite and are
-    stored as null.
+    `truncated` is the share of completions that were cut off. Of its tokens: how many counted in the loss, the mean
+    entropy in nats, the share that the clip cut, the KL to the policy that training began with, and the mismatch.
+    `nonfinite` names the values that were NaN or infinite and are stored as null.
     """
 
     step: int
@@ -59,12 +61,44 @@ class StepMetrics(Record):
     grad_norm: float | None
     completion_length: float | None
     seconds: float
+    truncated: float | None = None
     tokens: int | None = None
     entropy: float | None = None
     clipped: float | None = None
     kl: float | None = None
     mismatch: Mismatch | None = None
     nonfinite: dict[str, str] | None = None
+
+
+class Alarm(Record):
+    """One line of alarms.jsonl: a rule that held for as many steps on end as its patience is, `step` being the last."""
+
+    step: int
+    rule: str
+    value: float
+    threshold: float
+    sign: str
+
+
+class Preflight(Record):
+    """preflight.json: what the first rollout says of whether the run can learn, before anything is trained.
+
+    Attributes:
+        completions, groups: that were sampled.
+        accuracy: mean reward by the strict scorer.
+        flexible: the same by the flexible one.
+        informative: share of the groups whose answers differ.
+        reward_sd: mean over groups of the standard deviation of the reward within.
+        truncated: share of the completions that did not end.
+    """
+
+    completions: int
+    groups: int
+    accuracy: float
+    flexible: float
+    informative: float
+    reward_sd: float
+    truncated: float
 
 
 class ProblemRecord(Record):

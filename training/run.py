@@ -9,9 +9,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -26,19 +27,25 @@ from aqnsim import ConfigError, Emulation, RealisationError, Receipt, ReceiptTot
 from aqnsim.receipts import by_request, merge, table
 from training import checkpoints
 from training.adapters import attach_lora
+from training.alarms import AlarmError, Watch
 from training.arguments import grpo_config
+from training.batch import Group
 from training.config import Experiment, Lora, load
 from training.dapo import DapoTrainer
 from training.evaluate import ProblemResult, evaluate_modes
+from training.generation import end_of_sequence_ids
 from training.hardware import build_aqn, build_profile, build_schedule
 from training.memory import keep_freed_memory
 from training.models import end_completions_at, load_model
 from training.plot import plot_run
+from training.preflight import examine
 from training.records import (
+    ALARMS,
     EVALUATION,
     FINAL_RECEIPTS,
     METRICS,
     MODES,
+    PREFLIGHT,
     PROBLEMS,
     RECEIPTS,
     Evaluation,
@@ -160,7 +167,13 @@ class Arm:
     def _trainer(self) -> DapoTrainer:
         algorithm = self.experiment.algorithm
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.directory.path / "tensorboard")
-        self.recorder = StepRecorder(self.emulation, self.directory, self.console, algorithm.updates_per_step)
+        self.recorder = StepRecorder(
+            self.emulation,
+            self.directory,
+            self.console,
+            Watch(self.experiment.alarms, algorithm.prompts_per_step),
+            algorithm.updates_per_step,
+        )
         return DapoTrainer(
             self.model,
             tokenizer=self.tokenizer,
@@ -170,9 +183,26 @@ class Arm:
             ),
             problems=self.train_problems,
             score=self.task.score,
+            flexible=partial(self.task.score, extraction="flexible"),
             emulation=self.emulation,
+            on_first_rollout=self._preflight,
             on_metrics=self.recorder.write,
             callbacks=[self.recorder],
+        )
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        """The model below the adapters, where there are some."""
+        model: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, model)
+
+    def _preflight(self, groups: list[Group]) -> None:
+        """Refuse a run that cannot learn; record what the first rollout says of the others."""
+        found = examine(groups, end_of_sequence_ids(self._base, self.tokenizer))
+        self.directory.write_json(PREFLIGHT, found)
+        self.console.print(
+            f"before training: {found.informative:.0%} of {found.groups} groups are informative, {found.accuracy:.0%} "
+            f"of the samples right ({found.flexible:.0%} by the flexible scorer), {found.truncated:.0%} cut off"
         )
 
     def _evaluate(self, step: int, is_final: bool) -> Evaluation:
@@ -241,10 +271,15 @@ class StepRecorder(TrainerCallback):
     """Holds each step's receipts against what the step asked for, and writes both down."""
 
     def __init__(
-        self, emulation: Emulation, directory: RunDirectory, console: Console, updates_per_step: int = 1
+        self,
+        emulation: Emulation,
+        directory: RunDirectory,
+        console: Console,
+        watch: Watch,
+        updates_per_step: int = 1,
     ) -> None:
         self.emulation, self.directory, self.console = emulation, directory, console
-        self.updates = updates_per_step
+        self.watch, self.updates = watch, updates_per_step
         self._start: ReceiptTotals | None = None
         self._receipts: list[Receipt] = []
         self._requested: float | None = None
@@ -271,7 +306,11 @@ class StepRecorder(TrainerCallback):
             self._realised = realised_aqn_sigma(self.emulation, self._receipts, state.global_step // self.updates)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Append the step to the run's records; called on rank 0."""
+        """Append the step to the run's records; called on rank 0.
+
+        Raises:
+            AlarmError: the experiment stops at an alarm, and there is one.
+        """
         row = StepMetrics(sigma_requested=self._requested, sigma_realised=self._realised, **metrics)
         self.directory.append_jsonl(METRICS, row)
         receipts = [merge(group).to_dict() for group in by_request(self._receipts)]
@@ -282,6 +321,12 @@ class StepRecorder(TrainerCallback):
             f"step {row.step:3}  reward {row.reward:6.3f}  {row.kept_groups} groups kept"
             f" of {row.generation_batches} batches{noise}  {row.seconds:.1f} s{starved}"
         )
+        for alarm in self.watch.look(row):
+            self.directory.append_jsonl(ALARMS, alarm)
+            text = f"{alarm.rule}: {alarm.value:.4g}, threshold {alarm.threshold:.4g}; {alarm.sign}"
+            self.console.print(f"[bold red]alarm[/bold red] step {alarm.step}, {text}")
+            if self.watch.alarms.stop:
+                raise AlarmError(f"step {alarm.step}: {text} (alarms.stop is true)")
 
 
 def realised_aqn_sigma(emulation: Emulation, receipts: Sequence[Receipt], step: int) -> float:

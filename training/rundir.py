@@ -25,7 +25,7 @@ from pydantic import BaseModel, ValidationError
 from aqnsim._errors import AqnsimError
 from training import config
 from training.config import Experiment
-from training.records import METRICS, PROBLEMS, RECEIPTS, Resume, Run, State, Status
+from training.records import ALARMS, METRICS, PROBLEMS, RECEIPTS, Resume, Run, State, Status
 from training.sources import flatten
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -235,7 +235,7 @@ class RunDirectory:
             raise RunDirectoryError(f"{self.path} is finished: there is nothing to resume")
         if self.rank != 0:
             return
-        for name in (METRICS, RECEIPTS, PROBLEMS):
+        for name in (METRICS, RECEIPTS, PROBLEMS, ALARMS):
             path = self.path / name
             if path.exists():
                 kept = [line for line in _lines(path) if _precedes(_parse(path, line), step)]

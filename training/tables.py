@@ -283,6 +283,34 @@ class Algorithm(Table):
         return self
 
 
+class Alarms(Table):
+    """When a run is said to go wrong; see `training.alarms`. A rule has to hold for `patience` steps on end.
+
+    Attributes:
+        entropy_low, entropy_high: of the policy, nats a token.
+        clipped: share of tokens that the clip cut.
+        truncated: share of completions that were cut off.
+        length_drop: mean length over that of the first step.
+        uninformative: share of groups whose answers all agree.
+        reward_drop: how far the mean reward of `patience` steps lies below the best such mean.
+        kl: to the policy that training began with, nats a token.
+        mismatch: k3 estimate of KL(rollout || loss), nats a token.
+        stop: end the run with an error at the first alarm.
+    """
+
+    patience: PositiveInt = 5
+    entropy_low: NonNegativeFloat = 0.001
+    entropy_high: PositiveFloat = 5.0
+    clipped: PositiveFloat = 0.5
+    truncated: PositiveFloat = 0.9
+    length_drop: NonNegativeFloat = 0.1
+    uninformative: PositiveFloat = 0.99
+    reward_drop: PositiveFloat = 0.3
+    kl: PositiveFloat = 1.0
+    mismatch: PositiveFloat = 1.0
+    stop: bool = False
+
+
 class ModelTable(Table):
     """The model that is trained, and the dtype its weights are held in."""
 

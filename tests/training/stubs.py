@@ -165,6 +165,7 @@ class Run:
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
         emulate: Callable[[torch.nn.Module], Any] | None = None,
+        on_first_rollout: Callable[[list[Any]], None] = lambda groups: None,
         **changes: Any,
     ) -> None:
         base = tiny_model()
@@ -189,6 +190,7 @@ class Run:
             score=score,
             emulation=self.emulation,
             on_metrics=self.metrics.append,
+            on_first_rollout=on_first_rollout,
             callbacks=callbacks or [],
         )
         compute_loss = self.trainer.compute_loss

@@ -377,7 +377,7 @@ class TestLoading:
         model, _ = load_model("tiny", dtype=dtype, cache_dir=tmp_path)
         norms = [n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
         with torch.no_grad():
-            for norm, scale in zip(norms, [0.04, 0.2, 0.4, 3.0], strict=True):
+            for norm, scale in zip(norms, [0.04, 0.2, 0.4, 3.0, 1.0, 7.0], strict=True):
                 norm.weight.mul_(scale)
         balanced = copy.deepcopy(model)
         models.balance_norms(balanced)
