@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,31 +222,3 @@ def test_diff_shows_a_setting_that_one_arm_lacks() -> None:
     a = load("e12", "smoke")
     b = load("e12", "smoke", ["aqn.multipliers.14=0.5"])
     assert diff(a, b) == [Difference("aqn.multipliers.14", None, 0.5)]
-
-
-TABLES: dict[str, type[config.Table]] = {
-    "lora": config.Lora,
-    "algorithm": config.Algorithm,
-    "model": config.ModelTable,
-    "task": config.TaskTable,
-}
-
-
-def reads(source: str) -> set[str]:
-    """All `table.key` that some Python code reads, whatever stands before the table."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute):
-            owner = node.value
-            name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", None)
-            found.add(f"{name}.{node.attr}")
-    return found
-
-
-def test_every_setting_is_read_somewhere() -> None:
-    """A setting that nothing reads is a wish that is silently ignored."""
-    package = Path(config.__file__).parent
-    sources = [path.read_text() for path in package.glob("*.py") if path.name != "config.py"]
-    read = set().union(*map(reads, sources))
-    settings = {f"{table}.{key}" for table, model in TABLES.items() for key in model.model_fields}
-    assert settings - read == {"algorithm.kl", "algorithm.updates_per_step", "lora.method"}
