@@ -127,7 +127,7 @@ def plan(
     """
     e = load(experiment, preset, overrides)
     config = architecture(e.model.name)
-    emulation = _attached(e, narrowed(config), seed)
+    emulation = attached(e, narrowed(config), seed)
     real = _adapted(without_weights(config, e.model.dtype), e)
     control = e.question.control
     n = e.task.eval_problems
@@ -273,8 +273,12 @@ def _adapted(model: nn.Module, e: Experiment) -> nn.Module:
     return model
 
 
-def _attached(e: Experiment, model: nn.Module, seed: int) -> Emulation:
-    """The emulation of a run, on a small model of the same depth."""
+def attached(e: Experiment, model: nn.Module, seed: int) -> Emulation:
+    """The emulation of a run, on a small model of the same depth.
+
+    Raises:
+        ConfigError: the profile or the noise does not fit the model.
+    """
     layers = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr,operator]
     profile, aqn = build_profile(e, layers=layers), build_aqn(e, layers=layers, seed=seed)
     return aqnsim.emulate(_adapted(model, e), profile, seed=seed, aqn=aqn, strict=True)

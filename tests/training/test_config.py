@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,29 +225,75 @@ def test_diff_shows_a_setting_that_one_arm_lacks() -> None:
     assert diff(a, b) == [Difference("aqn.multipliers.14", None, 0.5)]
 
 
-TABLES: dict[str, type[config.Table]] = {
-    "lora": config.Lora,
-    "algorithm": config.Algorithm,
-    "model": config.ModelTable,
-    "task": config.TaskTable,
-}
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('profile.directions="sideways"', r"profile\.directions = 'sideways'"),
+        ("profile.keep_layers=[0, 0]", "names a layer twice"),
+        ('profile.evaluate_on="mxfp4-w4a16"', "is the profile itself"),
+        ('algorithm.name="grpo"', "set dynamic_sampling = false"),
+        ("algorithm.kl=-0.1", r"algorithm\.kl = -0\.1"),
+        ("algorithm.updates_per_step=3", "updates_per_step = 3 does not divide prompts_per_step = 8"),
+        ("algorithm.updates_per_step=8", "micro_batch_size = 64 does not divide the 8 completions of an update"),
+        ("lora={method='none', rank=8}", "expected table.key=value"),
+        ('lora.method="dora"', r"lora\.method: unknown method 'dora'.*known: lora, none"),
+        ('task.name="gsm8"', r"task\.name: unknown task 'gsm8' \(did you mean 'gsm8k'\?\)"),
+        ("aqn.layers_of=28", "layers_of = 28 has no effect: no layer is named"),
+        ("aqn.zones=[{first=2, last=1, multiplier=1.0}]", r"aqn\.zones\.0: first = 2 exceeds last = 1"),
+        ("aqn.zones=[{first=0, last=1}]", "give a zone either a multiplier or factors"),
+        ("aqn.zones=[{first=0, last=1, multiplyer=1.0}]", "multiplyer: unknown key .*did you mean 'multiplier'"),
+    ],
+)
+def test_bad_choices_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("e12", "smoke", [override])
 
 
-def reads(source: str) -> set[str]:
-    """All `table.key` that some Python code reads, whatever stands before the table."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute):
-            owner = node.value
-            name = owner.id if isinstance(owner, ast.Name) else getattr(owner, "attr", None)
-            found.add(f"{name}.{node.attr}")
-    return found
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["layers_of=28", "multipliers.28=1.0"], "more layers are named or drawn than that"),
+        (["layers_of=3", "random_layers=4"], "more layers are named or drawn than that"),
+        (["random_layers=4", "multipliers.1=1.0"], "name none in multipliers or zones"),
+    ],
+)
+def test_layers_must_fit_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("e12", "smoke", [f"aqn.{text}" for text in overrides])
 
 
-def test_every_setting_is_read_somewhere() -> None:
-    """A setting that nothing reads is a wish that is silently ignored."""
-    package = Path(config.__file__).parent
-    sources = [path.read_text() for path in package.glob("*.py") if path.name != "config.py"]
-    read = set().union(*map(reads, sources))
-    settings = {f"{table}.{key}" for table, model in TABLES.items() for key in model.model_fields}
-    assert settings - read == {"lora.method"}
+def test_training_all_weights_leaves_no_key_of_the_adapters() -> None:
+    full = load("e12", "smoke", ['lora.method="none"'])
+    assert full.settings().keys() & {f"lora.{key}" for key in config.Lora.model_fields} == {"lora.method"}
+    with pytest.raises(ConfigError, match=r"lora\.rank: unknown key for method 'none'"):
+        load("e12", "smoke", ['lora.method="none"', "lora.rank=8"])
+
+
+def test_a_preset_has_other_values_for_grpo_and_for_all_weights(write: Write) -> None:
+    preset = write(
+        "mine",
+        '[model]\nname="tiny"\ndtype="bfloat16"\n[task]\nname="arithmetic"\nprompts=999\neval_problems=8\n'
+        "families={add-1x1=1.0}\nexamples=0\nheld_out=0.5\n[algorithm]\nmicro_batch_size=4\n"
+        '[grpo.task]\nprompts=512\n[full.model]\ndtype="float32"\n',
+    )
+    found = {name: load(name, preset) for name in ("e12", "e8a-full-bf16", "hw-clean")}
+    assert {name: (e.task.prompts, e.model.dtype) for name, e in found.items()} == {
+        "e12": (999, "bfloat16"),
+        "e8a-full-bf16": (999, "float32"),
+        "hw-clean": (512, "float32"),
+    }
+    with pytest.raises(ConfigError, match="may only have the tables model, task, algorithm"):
+        load("e12", write("bad", "[full.lora]\nrank = 1"))
+
+
+def test_settings_that_were_added_since_leave_old_records_valid() -> None:
+    e12 = load("e12", "smoke")
+    tables = json.loads(e12.model_dump_json())
+    for table, key in [("lora", "method"), ("profile", "keep_layers"), ("algorithm", "kl"), ("aqn", "zones")]:
+        del tables[table][key]
+    stored = config.digest_of(tables)
+    assert stored != e12.digest
+    again = from_json(json.dumps(tables), "an old record")
+    assert again == e12
+    tables["lora"]["rank"] += 1
+    assert config.digest_of(tables) != stored
