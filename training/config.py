@@ -226,6 +226,12 @@ class TaskTable(Table):
     held_out: Fraction
 
 
+class Rollout(Table):
+    """What samples: the emulated model itself, or vLLM with its weights, in each process or in a server."""
+
+    engine: Literal["model", "vllm-colocate", "vllm-server"] = "model"
+
+
 class Published(Table):
     """A published claim to compare with: never a target, never evidence."""
 
@@ -246,6 +252,7 @@ class Experiment(Table):
     algorithm: Algorithm
     model: ModelTable
     task: TaskTable
+    rollout: Rollout = Rollout()
     published: Published | None = None
 
     @property

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from accelerate.utils import gather_object, load_fsdp_model  # type: ignore[import-untyped]
+from accelerate.utils.constants import FSDP_MODEL_NAME  # type: ignore[import-untyped]
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -37,10 +38,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from aqnsim._errors import ConfigError
 from training import checkpoints
-from training.callbacks import AqnCallback, InterruptCallback, UpdateGuard
+from training.callbacks import AqnCallback, InterruptCallback, ShardingGuard, UpdateGuard
 from training.config import Algorithm
 from training.generation import TokenIds, generate, keyed_uniforms, pad_left
 from training.prompts import PromptSchedule
+from training.sharding import FSDP_CONFIG, admit_cpus, gathered, trained_state
 from training.tasks import Problem
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def grpo_config(
     gradient_checkpointing: bool = False,
     report_to: Sequence[str] = ("tensorboard",),
     world_size: int | None = None,
+    fsdp: bool = False,
+    engine: str = "model",
 ) -> GRPOConfig:
     """DAPO's settings for TRL: one generation batch is one optimizer step.
 
@@ -78,11 +82,15 @@ def grpo_config(
         gradient_checkpointing: recompute activations in the backward.
         report_to: trackers of transformers, such as "tensorboard".
         world_size: ranks; None takes what torchrun says, else one.
+        fsdp: keep weights in shards over the ranks, by FSDP2; else each rank has all of them.
+        engine: what samples, as `Rollout.engine`.
 
     Raises:
         ConfigError: the step's completions cannot be divided among ranks and micro-batches.
     """
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    if fsdp and ranks == 1:
+        raise ConfigError("--fsdp shards weights over processes, and there is one: start several with torchrun")
     if algorithm.prompts_per_step % ranks:
         raise ConfigError(
             f"algorithm.prompts_per_step = {algorithm.prompts_per_step} is not a multiple of the {ranks} ranks: "
@@ -108,6 +116,9 @@ def grpo_config(
         num_generations=algorithm.group_size,
         max_completion_length=algorithm.max_new_tokens,
         temperature=algorithm.temperature,
+        use_vllm=engine != "model",
+        vllm_mode=engine.removeprefix("vllm-") if engine != "model" else "colocate",
+        vllm_importance_sampling_correction=False,
         # optimizer
         max_steps=algorithm.steps or -1,
         num_train_epochs=algorithm.epochs,
@@ -122,6 +133,8 @@ def grpo_config(
         # No autocast: weights, adapters and activations keep the dtypes that the experiment names.
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
+        fsdp=fsdp or None,  # type: ignore[arg-type]
+        fsdp_config=dict(FSDP_CONFIG) if fsdp else None,
         # records
         save_strategy="steps",
         save_steps=save_every,
@@ -209,9 +222,19 @@ class DapoTrainer(GRPOTrainer):
             args=args,
             train_dataset=Dataset.from_list(self._rows),
             processing_class=tokenizer,
-            callbacks=[AqnCallback(emulation), UpdateGuard(self), self.interrupt, *callbacks],
+            callbacks=[AqnCallback(emulation), ShardingGuard(), UpdateGuard(self), self.interrupt, *callbacks],
         )
         self.remove_callback(PrinterCallback)
+        if self.use_vllm:
+            from training.engines.vllm import AttestedGeneration
+
+            self.engine = AttestedGeneration.adopt(self.vllm_generation, emulation)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            admit_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer.train does; Ctrl-C ends the run after the current step, with a checkpoint."""
@@ -303,11 +326,14 @@ class DapoTrainer(GRPOTrainer):
         self, prompt_ids: list[TokenIds], *args: Any, **kwargs: Any
     ) -> tuple[list[TokenIds], None]:
         """Sample one completion of each prompt on the emulated hardware, noise and all."""
+        if self.use_vllm:
+            self.engine.hold(self.state.global_step, noisy=True)
+            return self.engine.generate(prompt_ids, None, self.algorithm.group_size)[1], None
         uniforms = keyed_uniforms(
             self.args.seed, self.state.global_step, self._sequence_ids, self.algorithm.max_new_tokens
         )
         ids = torch.tensor(self._sequence_ids, device=self.accelerator.device)
-        with self.emulation.phase("rollout"), self.emulation.sequences(ids):
+        with gathered(self._policy), self.emulation.phase("rollout"), self.emulation.sequences(ids):
             completions = generate(
                 self._policy,
                 self._tokenizer,
@@ -390,15 +416,19 @@ class DapoTrainer(GRPOTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapters, and the profile they were trained under; a frozen base is never written."""
+        state_dict = trained_state(self._policy)
         if not self.args.should_save:
             return
         path = Path(output_dir or self._directory)
         if isinstance(self._policy, PeftModel):
-            self._policy.save_pretrained(str(path), save_embedding_layers=False)
+            self._policy.save_pretrained(str(path), state_dict=state_dict, save_embedding_layers=False)
         else:
-            self._policy.save_pretrained(str(path))
+            self._policy.save_pretrained(str(path), state_dict=state_dict)
         profile = self.emulation.profile
         (path / PROFILE_FILE).write_text(
             json.dumps({"profile": profile.name, "fingerprint": profile.fingerprint}), encoding="utf-8"
@@ -419,8 +449,15 @@ class DapoTrainer(GRPOTrainer):
             raise ConfigError(
                 f"{path.name} has no {receipts.name}: the run had fewer processes; resume it with as many as it had"
             )
+        was_sharded = (path / f"{FSDP_MODEL_NAME}.bin").exists()
+        if was_sharded != self.is_fsdp_enabled:
+            raise ConfigError(
+                f"{path.name} is of a run {'with' if was_sharded else 'without'} --fsdp: resume it in the same way"
+            )
         self.emulation.load_state_dict(load_file(receipts))
-        if isinstance(self._policy, PeftModel):
+        if self.is_fsdp_enabled:
+            load_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, model, str(path), adapter_only=True)
+        elif isinstance(self._policy, PeftModel):
             set_peft_model_state_dict(self._policy, load_peft_weights(str(path), device="cpu"))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

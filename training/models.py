@@ -36,6 +36,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from aqnsim._errors import AqnsimError, ConfigError, unknown
@@ -325,7 +327,7 @@ class TinyLlama(Recipe):
             self._train(model, tokenizer)
         _save(model, tokenizer, directory)
 
-    def _initial(self, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    def _initial(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -343,7 +345,7 @@ class TinyLlama(Recipe):
         model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
         return model
 
-    def _train(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _train(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Minimise the cross entropy of the answers and their end."""
         task = Arithmetic(dict(self.families), self.examples, self.held_out)
         problems = task.problems("train", self.steps * self.batch, self.seed)
@@ -361,6 +363,53 @@ class TinyLlama(Recipe):
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+
+
+@dataclass(frozen=True)
+class TinyQwen2(TinyLlama):
+    """The same with the architecture of Qwen2: biases on queries, keys and values, weights tied."""
+
+    def _initial(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden,
+            intermediate_size=2 * self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            **ends,
+        )
+        model = Qwen2ForCausalLM(config)
+        model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
+        return model
+
+
+@dataclass(frozen=True)
+class Hub(Recipe):
+    """A model of the Hugging Face hub, or of a local directory, copied into the cache.
+
+    Args:
+        repository: its id, or the directory.
+        revision: a commit makes a run repeatable elsewhere; a branch is what it was when the cache entry was made.
+    """
+
+    repository: str
+    revision: str = "main"
+
+    def make(self, directory: Path, root: Path) -> None:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.repository, revision=self.revision, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(self.repository, revision=self.revision)
+        except OSError as error:
+            raise ModelError(
+                f"could not fetch {self.repository} ({self.revision}): {str(error).splitlines()[0]}. This is needed "
+                "once; HF_HOME moves the cache of transformers, $AQNSIM_CACHE that of this package"
+            ) from error
+        _save(model, tokenizer, directory)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
@@ -383,5 +432,7 @@ MODELS: dict[str, Recipe] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "tiny": TinyLlama(),
+    "tiny-qwen2": TinyQwen2(),
+    "qwen2.5-1.5b-instruct": Hub("Qwen/Qwen2.5-1.5B-Instruct"),
 }
 """Every model by its name."""

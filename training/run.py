@@ -28,7 +28,9 @@ from training import checkpoints
 from training.adapters import attach_lora
 from training.config import Experiment, build_aqn, load
 from training.dapo import DapoTrainer, grpo_config
+from training.dryrun import outline, shrunk
 from training.evaluate import ProblemResult, evaluate_modes
+from training.launch.world import asks_for_fsdp, join
 from training.memory import keep_freed_memory
 from training.models import end_completions_at, load_model
 from training.plot import plot_run
@@ -45,6 +47,7 @@ from training.records import (
     StepMetrics,
 )
 from training.rundir import RunDirectory
+from training.sharding import trained_state
 from training.tasks import Task, task_of
 
 ADAPTER = "adapter"
@@ -62,6 +65,9 @@ def run(
     seed: int = 0,
     runs: Path = Path("runs"),
     resume: Path | None = None,
+    processes: int | None = None,
+    fsdp: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Train and evaluate one arm; every rank of torchrun calls it.
 
@@ -72,6 +78,9 @@ def run(
         seed: of everything that is drawn.
         runs: where run directories are made.
         resume: continue this run instead; its own config and seed are used.
+        processes: how many processes there have to be; None takes those of torchrun.
+        fsdp: keep weights in shards over the processes, by FSDP2; a launcher can ask for it as well.
+        dry_run: a few steps at the scale of a test, with a tiny model of the same architecture: see `dryrun.shrunk`.
 
     Returns:
         The run's directory.
@@ -79,23 +88,29 @@ def run(
     Raises:
         ConfigError: the config is not valid, or `resume` is a run of another experiment.
         RealisationError: something that was asked for did not happen.
+        WorldError: there are not as many processes as were asked for.
         KeyboardInterrupt: the run was interrupted, and can be resumed.
     """
     keep_freed_memory()
     disable_progress_bar()  # of loading weights: a line of progress per step is printed instead
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # TRL's, about itself
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = join(processes)
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
     if resume is None:
         resolved = load(experiment, preset, overrides)
+        if dry_run:
+            console.print(outline(resolved, state.num_processes))
+            resolved = shrunk(resolved, state.num_processes)
     else:
+        if dry_run:
+            raise ConfigError("--resume continues a run as it was started: leave out --dry-run")
         if overrides:
             raise ConfigError("--resume continues a run with its own settings: leave out --set")
         stored = RunDirectory.open(resume)
         resolved, seed = stored.experiment, stored.run.seed
         if resolved.id != Path(experiment).stem:
             raise ConfigError(f"{resume} is a run of {resolved.id!r}, not of {experiment!r}")
-    arm = Arm(resolved, seed)
+    arm = Arm(resolved, seed, fsdp=fsdp or asks_for_fsdp())
     directory = _directory(arm, runs, resume, state)
     console.print(f"[bold]{resolved.id}[/bold] ({resolved.preset}), seed {seed}: {directory.path}")
     with _records(directory), directory.recording():
@@ -106,8 +121,8 @@ def run(
 class Arm:
     """An experiment with a seed: its model, emulation and task, ready to train."""
 
-    def __init__(self, experiment: Experiment, seed: int) -> None:
-        self.experiment, self.seed = experiment, seed
+    def __init__(self, experiment: Experiment, seed: int, *, fsdp: bool = False) -> None:
+        self.experiment, self.seed, self.fsdp = experiment, seed, fsdp
         aqn = build_aqn(experiment)
         if aqn is not None:
             aqn.schedule.check(experiment.total_steps)  # before anything is loaded
@@ -119,6 +134,7 @@ class Arm:
         self.eval_problems = self.task.problems("eval", task.eval_problems, 0)
         model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
         end_completions_at(model, self.tokenizer, self.task.end)
+        model.to(PartialState().device)  # before anything is emulated: counters stay where the weights are
         self.model: PeftModel = attach_lora(model, experiment.lora, seed=seed)
         self.emulation: Emulation = aqnsim.emulate(self.model, experiment.profile.name, seed=seed, aqn=aqn, strict=True)
 
@@ -154,7 +170,13 @@ class Arm:
             self.model,
             tokenizer=self.tokenizer,
             algorithm=algorithm,
-            args=grpo_config(algorithm, output_dir=self.directory.path, seed=self.seed),
+            args=grpo_config(
+                algorithm,
+                output_dir=self.directory.path,
+                seed=self.seed,
+                fsdp=self.fsdp,
+                engine=self.experiment.rollout.engine,
+            ),
             problems=self.train_problems,
             score=self.task.score,
             emulation=self.emulation,
@@ -205,16 +227,17 @@ class Arm:
         self.directory.write_json(FINAL_RECEIPTS, [receipt.to_dict() for receipt in receipts])
         self.directory.write_json(EVALUATION, evaluation)
         self.console.print(table(receipts) if receipts else "profile ideal: nothing is emulated")
+        trained = trained_state(self.model)
         if trainer.is_world_process_zero():
-            self._save_adapter()
+            self._save_adapter(trained)
             plot_run(self.directory.path, self.directory.path / "run.png")
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
 
-    def _save_adapter(self) -> None:
+    def _save_adapter(self, trained: dict[str, torch.Tensor] | None) -> None:
         staging = self.directory.path / f".{ADAPTER}.tmp"
         shutil.rmtree(staging, ignore_errors=True)
-        self.model.save_pretrained(str(staging), save_embedding_layers=False)
+        self.model.save_pretrained(str(staging), state_dict=trained, save_embedding_layers=False)
         final = self.directory.path / ADAPTER
         shutil.rmtree(final, ignore_errors=True)  # of an attempt to finish that was cut off
         os.replace(staging, final)

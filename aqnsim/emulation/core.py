@@ -145,7 +145,7 @@ class Emulation:
         if self.is_off:
             yield self
             return
-        self._check_frozen()
+        self.check_frozen()
         self.is_off = True
         self._hold(masters=True)
         try:
@@ -463,7 +463,12 @@ class Emulation:
         weight.data = value
         self._masters.append(FrozenWeight(site, weight, master, value, digest_of(value), lambda: cast(False)[0]))
 
-    def _check_frozen(self) -> None:
+    def check_frozen(self) -> None:
+        """Refuse frozen weights that were changed behind the emulation's back, such as by merging an adapter in place.
+
+        Raises:
+            ConfigError: naming the first such site.
+        """
         reshard(self.model)  # what FSDP2 holds gathered is a copy
         for frozen in self._masters:
             frozen.check()
@@ -498,7 +503,7 @@ class Emulation:
             ConfigError: a frozen weight was changed since the profile was attached, and is not to be kept.
         """
         if not keep_weights:
-            self._check_frozen()
+            self.check_frozen()
             self._hold(masters=True)
         self._masters.clear()
         self.is_restored = True

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from training.adapters import attach_lora
 from training.config import Algorithm, Lora
 from training.dapo import DapoTrainer, grpo_config
+from training.sharding import whole
 from training.tasks import Problem
 
 CHARACTERS = "0123456789+= "
@@ -163,6 +164,7 @@ class Run:
         count: int = 40,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        fsdp: bool = False,
         emulate: Callable[[torch.nn.Module], Any] | None = None,
         **changes: Any,
     ) -> None:
@@ -183,6 +185,7 @@ class Run:
                 save_every=save_every,
                 report_to=(),
                 gradient_checkpointing=gradient_checkpointing,
+                fsdp=fsdp,
             ),
             problems=problems(count),
             score=score,
@@ -204,7 +207,7 @@ class Run:
 
     @property
     def adapters(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if "lora_" in name}
+        return {name: whole(p.detach()).clone() for name, p in self.model.named_parameters() if "lora_" in name}
 
     @property
     def results(self) -> list[dict[str, Any]]:

@@ -1,0 +1,116 @@
+"""A run has as many processes as were asked for, whatever the launcher did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aqnsim._errors import ConfigError
+from training.config import load
+from training.dapo import grpo_config
+from training.dryrun import STEPS, shrunk
+from training.launch.world import WorldError, join
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("-m", "accelerate.commands.launch")
+JOIN = "from training.launch.world import join; import sys; print(join(int(sys.argv[1])).num_processes, 'here')"
+
+
+def start(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "join.py"
+    path.write_text(JOIN)
+    return str(path)
+
+
+def test_accelerate_on_a_cpu_starts_one_process_and_the_run_refuses(script: str) -> None:
+    done = start(*ACCELERATE, "--cpu", "--num_processes", "2", script, "2")
+    assert done.returncode != 0
+    assert "2 processes were asked for and 1 run" in done.stderr
+
+
+def test_torchrun_starts_what_it_is_asked_for_and_other_numbers_are_refused(script: str) -> None:
+    assert start(*TORCHRUN, script, "2").stdout.count("2 here") == 2
+    done = start(*TORCHRUN, script, "3")
+    assert done.returncode != 0
+    assert "3 processes were asked for and 2 run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "error", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "no", WorldError, "say how many there should be"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", ConfigError, "ACCELERATE_MIXED_PRECISION=bf16"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", ConfigError, "each needs them"),
+        ("ACCELERATE_USE_FSDP", "true", ConfigError, "FSDP1"),
+        ("WORLD_SIZE", "2", WorldError, "2 processes were asked for and 1 run"),
+    ],
+)
+def test_what_a_launcher_may_not_leave_open_or_change(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, error: type[Exception], message: str
+) -> None:
+    if variable == "WORLD_SIZE":  # as of a launcher whose processes were never connected
+        join(1)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(error, match=message):
+        join()
+
+
+def test_one_process_has_nothing_to_shard_over() -> None:
+    algorithm = load("e12", "smoke").algorithm
+    with pytest.raises(ConfigError, match="there is one"):
+        grpo_config(algorithm, output_dir="runs", seed=0, world_size=1, fsdp=True)
+
+
+def test_a_dry_run_keeps_all_but_the_scale() -> None:
+    paper = load("e12", "paper")
+    small = shrunk(paper, processes=2)
+    assert small.model.name == "tiny-qwen2"
+    assert small.total_steps == STEPS
+    assert (small.profile, small.aqn) == (paper.profile, paper.aqn)
+    same = {
+        "clip_low",
+        "clip_high",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "dynamic_sampling",
+        "temperature",
+    }
+    for name in same:
+        assert getattr(small.algorithm, name) == getattr(paper.algorithm, name)
+
+
+def test_the_paper_run_is_rehearsed_on_two_processes_with_shards(tmp_path: Path) -> None:
+    command = ["run", "e12", "--preset", "paper", "--dry-run", "--processes", "2", "--fsdp", "--runs", str(tmp_path)]
+    done = start(*TORCHRUN, "-m", "training", *command)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "qwen2.5-1.5b-instruct (bfloat16) on 2 processes, profile mxfp4-w4a16, 29 steps" in done.stdout
+    (run,) = tmp_path.iterdir()
+    assert json.loads((run / "run.json").read_text())["processes"] == 2
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == STEPS
+    for step in steps:
+        assert step["sigma_realised"] == pytest.approx(step["sigma_requested"], rel=0.25)
+    assert any(step["sigma_requested"] > 0 for step in steps)
+    assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 1000
