@@ -165,6 +165,7 @@ class Run:
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
         fsdp: bool = False,
+        engine: str = "model",
         emulate: Callable[[torch.nn.Module], Any] | None = None,
         **changes: Any,
     ) -> None:
@@ -186,6 +187,7 @@ class Run:
                 report_to=(),
                 gradient_checkpointing=gradient_checkpointing,
                 fsdp=fsdp,
+                engine=engine,
             ),
             problems=problems(count),
             score=score,
