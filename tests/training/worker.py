@@ -81,7 +81,7 @@ def main(directory: Path) -> None:
         tiny_tokenizer(),
         problems(11),
         holds_answer,
-        batch_size=3,
+        batch_size=4,  # three batches: the second rank has one, the first two
         max_new_tokens=6,
     )
     receipts = straight.emulation.receipts(until=straight.emulation.snapshot(reduce=True))
