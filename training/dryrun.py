@@ -7,7 +7,7 @@ import json
 from training.config import Experiment, from_json
 from training.sources import PRESETS, find, read_preset
 
-TINY = {"qwen2.5-1.5b-instruct": "tiny-qwen2"}
+TINY = {"Qwen/Qwen2.5-1.5B-Instruct": "tiny-qwen2"}
 """The tiny model of the same architecture; that of the smoke preset for all others."""
 
 STEPS = 3
@@ -20,11 +20,11 @@ def shrunk(experiment: Experiment, processes: int) -> Experiment:
 
     Args:
         experiment: resolved.
-        processes: each gets two groups a step.
+        processes: each gets four groups a step.
     """
     smoke = read_preset(find(PRESETS, "smoke"))
     tables = experiment.model_dump(mode="json")
-    prompts = 2 * processes
+    prompts = 4 * processes
     epochs = tables["algorithm"]["epochs"]
     tables["preset"] = f"{experiment.preset or 'default'}-dry-run"
     tables["model"]["name"] = TINY.get(experiment.model.name, smoke["model"]["name"])

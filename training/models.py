@@ -59,7 +59,7 @@ def load_model(
     """Load a model and its tokenizer from the cache, making the cache entry on first use.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS`, or what has a "/": a repository of the Hugging Face hub, or a local directory.
         dtype: of the weights, such as torch.bfloat16 or "bfloat16".
         cache_dir: the cache; None takes $AQNSIM_CACHE, else ~/.cache/aqnsim.
 
@@ -71,13 +71,13 @@ def load_model(
         ConfigError: `dtype` is no floating point type of torch.
         ModelError: the model could not be fetched, or a file is not the one that was fetched.
     """
-    if name not in MODELS:
+    if name not in MODELS and "/" not in name:
         raise unknown("model", name, MODELS)
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
         raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as 'bfloat16'")
-    recipe, root = MODELS[name], cache_root(cache_dir)
-    directory = root / "models" / f"{name}-{recipe.digest[:12]}"
+    recipe, root = MODELS.get(name) or Hub(name), cache_root(cache_dir)
+    directory = root / "models" / f"{name.strip('/').replace('/', '--')}-{recipe.digest[:12]}"
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
@@ -433,6 +433,5 @@ MODELS: dict[str, Recipe] = {
     ),
     "tiny": TinyLlama(),
     "tiny-qwen2": TinyQwen2(),
-    "qwen2.5-1.5b-instruct": Hub("Qwen/Qwen2.5-1.5B-Instruct"),
 }
 """Every model by its name."""

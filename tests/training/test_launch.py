@@ -100,12 +100,14 @@ def test_a_dry_run_keeps_all_but_the_scale() -> None:
         assert getattr(small.algorithm, name) == getattr(paper.algorithm, name)
 
 
-def test_the_paper_run_is_rehearsed_on_two_processes_with_shards(tmp_path: Path) -> None:
-    command = ["run", "e12", "--preset", "paper", "--dry-run", "--processes", "2", "--fsdp", "--runs", str(tmp_path)]
-    done = start(*TORCHRUN, "-m", "training", *command)
+def test_the_paper_run_is_rehearsed_in_shards_that_accelerate_asks_for(tmp_path: Path) -> None:
+    config = str(ROOT / "training" / "launch" / "fsdp2.yaml")
+    launcher = [*ACCELERATE, "--config_file", config, "--num_processes", "2", "-m", "training"]
+    done = start(*launcher, "run", "e12", "--preset", "paper", "--dry-run", "--processes", "2", "--runs", str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "qwen2.5-1.5b-instruct (bfloat16) on 2 processes, profile mxfp4-w4a16, 29 steps" in done.stdout
+    assert "Qwen/Qwen2.5-1.5B-Instruct (bfloat16) on 2 processes, profile mxfp4-w4a16, 29 steps" in done.stdout
     (run,) = tmp_path.iterdir()
+    assert (run / f"checkpoint-{STEPS}" / "pytorch_model_fsdp.bin").exists()
     assert json.loads((run / "run.json").read_text())["processes"] == 2
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM
 import aqnsim
 from aqnsim._errors import ConfigError, UnknownNameError
 from training import models
-from training.models import ModelError, TinyLlama, WheelGguf, load_model
+from training.models import ModelError, TinyLlama, TinyQwen2, WheelGguf, load_model
 from training.tasks import Arithmetic
 
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -407,3 +407,18 @@ def test_recipes_differ_in_their_digest():
     recipe = TinyLlama()
     assert recipe.digest == TinyLlama().digest
     assert recipe.digest != dataclasses.replace(recipe, seed=1).digest
+
+
+def test_a_model_of_the_hub_or_of_a_directory_is_copied_into_the_cache(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    TinyQwen2(steps=1).make(source, tmp_path)
+    model, tokenizer = load_model(str(source), dtype="bfloat16", cache_dir=tmp_path / "cache")
+    assert model.config.model_type == "qwen2"
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.padding_side == "left"
+    (entry,) = (path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir())
+    (entry / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="was changed"):
+        load_model(str(source), dtype="bfloat16", cache_dir=tmp_path / "cache")
+    with pytest.raises(ModelError, match="could not fetch"):
+        load_model(str(tmp_path / "nowhere"), dtype="bfloat16", cache_dir=tmp_path / "cache")
