@@ -9,17 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from stubs import Run, tiny_model
 
-from aqnsim._errors import ConfigError
+from aqnsim._errors import ConfigError, RealisationError
 from training.config import load
 from training.dapo import grpo_config
 from training.dryrun import STEPS, shrunk
 from training.launch.world import WorldError, join
+from training.sharding import attest_sharding
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = ("-m", "accelerate.commands.launch")
-JOIN = "from training.launch.world import join; import sys; print(join(int(sys.argv[1])).num_processes, 'here')"
+CONFIGS = str(ROOT / "training" / "launch") + os.sep
+JOIN = """
+import sys
+from training.launch.world import join
+sys.stdout.write(f"{join(int(sys.argv[1])).num_processes} here\\n")  # in one piece, as processes share the output
+"""
 
 
 def start(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -48,8 +55,14 @@ def test_accelerate_on_a_cpu_starts_one_process_and_the_run_refuses(script: str)
     assert "2 processes were asked for and 1 run" in done.stderr
 
 
-def test_torchrun_starts_what_it_is_asked_for_and_other_numbers_are_refused(script: str) -> None:
-    assert start(*TORCHRUN, script, "2").stdout.count("2 here") == 2
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, (*ACCELERATE, "--config_file", CONFIGS + "ddp.yaml", "--num_processes", "2")]
+)
+def test_launchers_that_start_what_they_are_asked_for(script: str, launcher: tuple[str, ...]) -> None:
+    assert start(*launcher, script, "2").stdout.count("2 here") == 2
+
+
+def test_another_number_is_refused(script: str) -> None:
     done = start(*TORCHRUN, script, "3")
     assert done.returncode != 0
     assert "3 processes were asked for and 2 run" in done.stderr
@@ -81,6 +94,19 @@ def test_one_process_has_nothing_to_shard_over() -> None:
         grpo_config(algorithm, output_dir="runs", seed=0, world_size=1, fsdp=True)
 
 
+def test_whole_weights_are_refused_where_shards_were_asked_for() -> None:
+    attest_sharding(tiny_model(), asked=False)
+    with pytest.raises(RealisationError, match=r"embed_tokens\.weight is whole, but --fsdp was asked for"):
+        attest_sharding(tiny_model(), asked=True)
+
+
+def test_a_run_is_resumed_with_shards_only_if_it_had_them(tmp_path: Path) -> None:
+    Run(tmp_path, steps=2, save_every=1).train()
+    (tmp_path / "checkpoint-1" / "pytorch_model_fsdp.bin").touch()
+    with pytest.raises(ConfigError, match="checkpoint-1 is of a run with --fsdp"):
+        Run(tmp_path, steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_dry_run_keeps_all_but_the_scale() -> None:
     paper = load("e12", "paper")
     small = shrunk(paper, processes=2)
@@ -101,8 +127,7 @@ def test_a_dry_run_keeps_all_but_the_scale() -> None:
 
 
 def test_the_paper_run_is_rehearsed_in_shards_that_accelerate_asks_for(tmp_path: Path) -> None:
-    config = str(ROOT / "training" / "launch" / "fsdp2.yaml")
-    launcher = [*ACCELERATE, "--config_file", config, "--num_processes", "2", "-m", "training"]
+    launcher = [*ACCELERATE, "--config_file", CONFIGS + "fsdp2.yaml", "--num_processes", "2", "-m", "training"]
     done = start(*launcher, "run", "e12", "--preset", "paper", "--dry-run", "--processes", "2", "--runs", str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Qwen/Qwen2.5-1.5B-Instruct (bfloat16) on 2 processes, profile mxfp4-w4a16, 29 steps" in done.stdout
