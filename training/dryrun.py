@@ -29,7 +29,8 @@ def shrunk(experiment: Experiment, processes: int) -> Experiment:
     tables["preset"] = f"{experiment.preset or 'default'}-dry-run"
     tables["model"]["name"] = TINY.get(experiment.model.name, smoke["model"]["name"])
     tables["task"] = smoke["task"] | {"prompts": STEPS * prompts, "eval_problems": 4 * processes}
-    tables["lora"]["rank"] = min(8, experiment.lora.rank)
+    if "rank" in tables["lora"]:
+        tables["lora"]["rank"] = min(8, tables["lora"]["rank"])
     tables["algorithm"] |= {
         "group_size": 4,
         "prompts_per_step": prompts,

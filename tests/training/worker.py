@@ -14,6 +14,8 @@ from stubs import Run, holds_answer, problems, same, tiny_tokenizer
 
 import aqnsim
 from training.checkpoints import require_checkpoint
+from training.engines.readback import read
+from training.engines.vllm import engine_weights
 from training.evaluate import evaluate_modes
 
 STEPS = 3
@@ -84,6 +86,8 @@ def main(directory: Path) -> None:
         batch_size=4,  # three batches: the second rank has one, the first two
         max_new_tokens=6,
     )
+    straight.emulation.check_frozen()  # as before a sync: the shards are what counts
+    pushed = {name: read(w) for name, w in engine_weights(straight.model, straight.emulation, noisy=True)}
     receipts = straight.emulation.receipts(until=straight.emulation.snapshot(reduce=True))
     gathered: list[Any] = [None] * ranks
     mine = (seen, exact, interrupted.trainer.state.global_step)
@@ -102,6 +106,7 @@ def main(directory: Path) -> None:
             "interrupted_at": [step for _, _, step in gathered],
             "evaluation": {m: [[r.problem_id, r.completion] for r in rows] for m, rows in results.items()},
             "receipts": [r.to_dict() for r in receipts],
+            "pushed": [[name, *(reading if "norm" in name else ())] for name, reading in pushed.items()],
             "saved": [[name, list(tensor.shape)] for name, tensor in saved.items()],
         }
         (directory / f"{ranks}.json").write_text(json.dumps(summary))
