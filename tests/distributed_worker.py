@@ -66,13 +66,14 @@ def run(model: nn.Module, emu: aqnsim.Emulation, halves: Any) -> dict[str, Any]:
     # the mean over halves, taken at the end, as wrappers do: a gradient's format may not scale exactly
     gradients = {n: whole(p.grad) / len(halves) for n, p in emu.model.named_parameters() if p.grad is not None}
     receipts = emu.receipts(until=emu.snapshot(reduce=True))
-    clean = None
-    if not (hasattr(model, "unshard") and any(not p.requires_grad for p in model.parameters())):
-        with emu.off(), torch.no_grad():
-            clean = torch.cat([model(input_ids=ids[half]).logits for half in HALVES])
+    with emu.off(), torch.no_grad():
+        clean = torch.cat([model(input_ids=ids[half]).logits for half in HALVES])
+    with torch.no_grad(), emu.sequences(NAMES):
+        emulated = model(input_ids=ids).logits  # after off(): cast(W) is back
     return {
         "outputs": torch.cat(outputs),
         "clean": clean,
+        "emulated": emulated,
         "gradients": gradients,
         "receipts": [r.to_dict() for r in receipts],
         "sites": [s.name for s in emu.sites],
@@ -83,7 +84,8 @@ def single() -> dict[Any, Any]:
     results = {}
     for what in ("full", "recomputed", "lora"):
         model = made(what)
-        results[what] = run(model, emulate(model), HALVES)
+        masters = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        results[what] = run(model, emulate(model), HALVES) | {"masters": masters}
     return results
 
 
@@ -101,8 +103,8 @@ def distributed() -> dict[Any, Any]:
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, found["outputs"])
         found["outputs"] = torch.cat(gathered)
-        kept = wrapper == "fsdp" and what == "lora"
-        emu.restore(keep_weights=kept)
+        emu.restore()
+        found["masters"] = {n: whole(p.detach()) for n, p in emu.model.named_parameters() if not p.requires_grad}
         found["restored"] = not any(k.startswith("aqnsim") for m in model.modules() for k in m.__dict__)
         found["classes"] = sorted({type(m).__name__ for m in model.modules()})
         results[wrapper, what, when] = found
@@ -118,9 +120,14 @@ def refused() -> dict[str, str]:
     model = made("lora")
     emu = emulate(model)
     wrapped(model, "fsdp")
+    with emu.off():
+        pass
+    found["refresh"] = message(emu.refresh_weights)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().add_(1)
     found["off"] = message(lambda: emu.off().__enter__())
     found["restore"] = message(emu.restore)
-    found["refresh"] = message(emu.refresh_weights)
     return found
 
 

@@ -42,7 +42,8 @@ def test_two_processes_compute_what_one_does(runs: dict[int, Any], case: tuple[s
     one, two = runs[1][case[1]], runs[2][case]
     assert two["sites"] == one["sites"]
     assert same_bits(two["outputs"], one["outputs"])
-    assert two["clean"] is None or same_bits(two["clean"], one["clean"])  # off()
+    assert same_bits(two["clean"], one["clean"])  # off()
+    assert same_bits(two["emulated"], one["emulated"])
     # a sum of two halves has one order: not even that rounds differently
     assert list(two["gradients"]) == list(one["gradients"])
     assert_all_same(list(two["gradients"].values()), list(one["gradients"].values()))
@@ -63,15 +64,18 @@ def test_the_wrapper_outlives_the_emulation(runs: dict[int, Any], case: tuple[st
     names = runs[2][case]["classes"]
     assert any(n.startswith("FSDP") for n in names) == (case[0] == "fsdp")
     assert not any("Emulated" in n for n in names)
+    masters = runs[1][case[1]]["masters"]
+    assert runs[2][case]["masters"].keys() == masters.keys()
+    assert all(same_bits(runs[2][case]["masters"][n], w) for n, w in masters.items())
 
 
 @pytest.mark.parametrize(
     ("act", "expected"),
     [
         ("attach", "is sharded already, and cast(W) cannot be written into it: emulate the model first"),
-        ("off", "was replaced since the profile was attached (by fully_shard?)"),
-        ("restore", "restore(keep_weights=True) keeps cast(W)"),
-        ("refresh", "was replaced since the profile was attached"),
+        ("off", "was changed since the profile was attached"),
+        ("restore", "restore(keep_weights=True) keeps what is there"),
+        ("refresh", "is sharded, and a shard cannot be cast on its own"),
     ],
 )
 def test_what_sharded_weights_cannot_do_is_refused(runs: dict[int, Any], act: str, expected: str) -> None:

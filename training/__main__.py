@@ -51,6 +51,11 @@ def run_command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is drawn.")] = 0,
     runs: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this interrupted run.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Refuse to run in any other number of processes.")
+    ] = None,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Keep weights in shards over the processes (FSDP2).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scale, then run a few tiny steps.")] = False,
 ) -> None:
     """Run an experiment; Ctrl-C leaves a run that --resume continues."""
     from training.run import run  # here, so that --help does not load torch
@@ -62,6 +67,9 @@ def run_command(
         seed=seed,
         runs=runs,
         resume=resume,
+        processes=processes,
+        fsdp=fsdp,
+        dry_run=dry_run,
     )
 
 

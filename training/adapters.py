@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from aqnsim._errors import ConfigError, RealisationError, did_you_mean
 from training.config import Lora
+from training.sharding import whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -75,7 +76,7 @@ def check_gradient_flow(model: nn.Module) -> None:
         RealisationError: a gradient of a `lora_B` is missing or zero; the message names the parameter.
     """
     for name, parameter in trainable(model):
-        if re.search(r"\blora_B\b", name) and (parameter.grad is None or not parameter.grad.count_nonzero()):
+        if re.search(r"\blora_B\b", name) and (parameter.grad is None or not whole(parameter.grad).count_nonzero()):
             raise RealisationError(
                 f"no gradient reaches {name}: it is {'missing' if parameter.grad is None else 'zero'} after a "
                 "backward, so this adapter would never learn; something between it and the loss does not propagate"
@@ -89,7 +90,7 @@ def check_finite_gradients(model: nn.Module) -> None:
         RealisationError: naming the first such parameter; clipping by the norm spreads it to the others.
     """
     for name, parameter in trainable(model):
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
+        if parameter.grad is not None and not whole(parameter.grad).isfinite().all():
             raise RealisationError(
                 f"the gradients are NaN or infinite ({name} first); the update was not made. Look for `nonfinite` in "
                 "the receipts, and lower the noise or widen the format there"

@@ -11,6 +11,7 @@ from trl.trainer.grpo_config import GRPOConfig
 
 from aqnsim._errors import ConfigError
 from training.config import Algorithm
+from training.sharding import FSDP_CONFIG
 
 
 def grpo_config(
@@ -24,6 +25,8 @@ def grpo_config(
     gradient_checkpointing: bool = False,
     report_to: Sequence[str] = ("tensorboard",),
     world_size: int | None = None,
+    fsdp: bool = False,
+    engine: str = "model",
 ) -> GRPOConfig:
     """The settings of an algorithm for TRL, to which one optimizer update is one generation batch.
 
@@ -40,11 +43,15 @@ def grpo_config(
         gradient_checkpointing: recompute activations in the backward.
         report_to: trackers of transformers, such as "tensorboard".
         world_size: ranks; None takes what torchrun says, else one.
+        fsdp: keep weights in shards over the ranks, by FSDP2; else each rank has all of them.
+        engine: what samples, as `Rollout.engine`.
 
     Raises:
         ConfigError: the step's completions cannot be divided among ranks and micro-batches.
     """
     ranks = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    if fsdp and ranks == 1:
+        raise ConfigError("--fsdp shards weights over processes, and there is one: start several with torchrun")
     updates = algorithm.updates_per_step
     if algorithm.prompts_per_step % (ranks * updates):
         raise ConfigError(
@@ -72,6 +79,9 @@ def grpo_config(
         num_generations=algorithm.group_size,
         max_completion_length=algorithm.max_new_tokens,
         temperature=algorithm.temperature,
+        use_vllm=engine != "model",
+        vllm_mode=engine.removeprefix("vllm-") if engine != "model" else "colocate",
+        vllm_importance_sampling_correction=False,
         # optimizer
         max_steps=(steps or algorithm.steps or 0) * updates or -1,
         num_train_epochs=algorithm.epochs,
@@ -86,6 +96,8 @@ def grpo_config(
         # No autocast: weights, adapters and activations keep the dtypes that the experiment names.
         bf16=False,
         use_cpu=not torch.cuda.is_available(),
+        fsdp=fsdp or None,  # type: ignore[arg-type]
+        fsdp_config=dict(FSDP_CONFIG) if fsdp else None,
         # records
         save_strategy="steps",
         save_steps=save_every * updates,

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.adapters import check_finite_gradients, check_gradient_flow
+from training.sharding import attest_sharding
 
 if TYPE_CHECKING:
     from aqnsim import Emulation
@@ -68,6 +69,21 @@ class InterruptCallback(TrainerCallback):
             self.requested = bool(votes)
         if self.requested:
             control.should_save = control.should_training_stop = True
+
+
+class ShardingGuard(TrainerCallback):
+    """Checks, before the first step, that weights are in shards where the run asked for it, and only there."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        attest_sharding(model, asked=bool(args.fsdp))
 
 
 class UpdateGuard(TrainerCallback):

@@ -48,6 +48,7 @@ from training.tables import (
     ProfileTable,
     Published,
     Question,
+    Rollout,
     Table,
     TaskTable,
     ZoneTable,
@@ -74,6 +75,7 @@ __all__ = [
     "ProfileTable",
     "Published",
     "Question",
+    "Rollout",
     "Table",
     "TaskTable",
     "ZoneTable",
@@ -104,6 +106,7 @@ class Experiment(Table):
     algorithm: Algorithm
     model: ModelTable
     task: AnyTask
+    rollout: Rollout = Rollout()
     alarms: Alarms = Alarms()
     published: Published | None = None
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from accelerate.utils import gather_object, load_fsdp_model  # type: ignore[import-untyped]
+from accelerate.utils.constants import FSDP_MODEL_NAME  # type: ignore[import-untyped]
 from datasets import Dataset
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -36,11 +37,12 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from aqnsim._errors import ConfigError
 from training import checkpoints
 from training.batch import Completion, Group, collate, deal, is_informative, share
-from training.callbacks import AqnCallback, InterruptCallback, UpdateGuard
+from training.callbacks import AqnCallback, InterruptCallback, ShardingGuard, UpdateGuard
 from training.config import Algorithm
-from training.generation import TokenIds, evaluating, keyed_uniforms, sample
+from training.generation import Sample, TokenIds, evaluating, keyed_uniforms, sample
 from training.mismatch import TokenTally, importance_weights
 from training.prompts import PromptSchedule
+from training.sharding import admit_cpus, gathered, trained_state
 from training.tasks import Problem
 
 if TYPE_CHECKING:
@@ -127,6 +129,7 @@ class DapoTrainer(GRPOTrainer):
             processing_class=tokenizer,
             callbacks=[
                 AqnCallback(emulation, algorithm.updates_per_step),
+                ShardingGuard(),
                 UpdateGuard(self),
                 self.interrupt,
                 *callbacks,
@@ -136,6 +139,16 @@ class DapoTrainer(GRPOTrainer):
         self._first: nn.Module | None = None
         if algorithm.kl and not isinstance(model, PeftModel):
             self._first = copy.deepcopy(model).requires_grad_(False)
+        if self.use_vllm:
+            from training.engines.vllm import AttestedGeneration
+
+            self.engine = AttestedGeneration.adopt(self.vllm_generation, emulation)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            admit_cpus(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as Trainer.train does; Ctrl-C ends the run after the current step, with a checkpoint."""
@@ -260,7 +273,7 @@ class DapoTrainer(GRPOTrainer):
         parts = []
         for rows in torch.arange(len(columns["prompt_ids"])).split(self.args.per_device_train_batch_size):
             batch = {name: columns[name][rows] for name in ROLLED_OUT}
-            with torch.no_grad(), evaluating(model), ExitStack() as stack:
+            with torch.no_grad(), gathered(model), evaluating(model), ExitStack() as stack:
                 stack.enter_context(self.emulation.phase(phase))
                 stack.enter_context(self.emulation.sequences(batch["sequence_ids"]))
                 log_probs, _, _ = super()._get_per_token_logps_and_entropies(
@@ -286,9 +299,17 @@ class DapoTrainer(GRPOTrainer):
         self, prompt_ids: list[TokenIds], *args: Any, **kwargs: Any
     ) -> tuple[list[TokenIds], None]:
         """Sample one completion of each prompt on the emulated hardware, noise and all."""
+        if self.use_vllm:
+            self.engine.hold(self.state.global_step, noisy=True)
+            _, completions, log_probs, *_ = self.engine.generate(prompt_ids, None, self.algorithm.group_size)
+            self._sampled = [
+                Sample(tokens, [candidates[0] for candidates in row])
+                for tokens, row in zip(completions, log_probs, strict=True)
+            ]
+            return completions, None
         uniforms = keyed_uniforms(self.args.seed, self.step, self._sequence_ids, self.algorithm.max_new_tokens)
         ids = torch.tensor(self._sequence_ids, device=self.accelerator.device)
-        with self.emulation.phase("rollout"), self.emulation.sequences(ids):
+        with gathered(self._policy), self.emulation.phase("rollout"), self.emulation.sequences(ids):
             self._sampled = sample(
                 self._policy, self._tokenizer, prompt_ids, uniforms=uniforms, temperature=self.algorithm.temperature
             )
@@ -397,15 +418,19 @@ class DapoTrainer(GRPOTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing_to)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._save(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """The adapters, and the profile they were trained under; a frozen base is never written."""
+        state_dict = trained_state(self._policy)
         if not self.args.should_save:
             return
         path = Path(output_dir or self._directory)
         if isinstance(self._policy, PeftModel):
-            self._policy.save_pretrained(str(path), save_embedding_layers=False)
+            self._policy.save_pretrained(str(path), state_dict=state_dict, save_embedding_layers=False)
         else:
-            self._policy.save_pretrained(str(path))
+            self._policy.save_pretrained(str(path), state_dict=state_dict)
         profile = self.emulation.profile
         (path / PROFILE_FILE).write_text(
             json.dumps({"profile": profile.name, "fingerprint": profile.fingerprint}), encoding="utf-8"
@@ -426,8 +451,15 @@ class DapoTrainer(GRPOTrainer):
             raise ConfigError(
                 f"{path.name} has no {receipts.name}: the run had fewer processes; resume it with as many as it had"
             )
+        was_sharded = (path / f"{FSDP_MODEL_NAME}.bin").exists()
+        if was_sharded != self.is_fsdp_enabled:
+            raise ConfigError(
+                f"{path.name} is of a run {'with' if was_sharded else 'without'} --fsdp: resume it in the same way"
+            )
         self.emulation.load_state_dict(load_file(receipts))
-        if isinstance(self._policy, PeftModel):
+        if self.is_fsdp_enabled:
+            load_fsdp_model(self.accelerator.state.fsdp_plugin, self.accelerator, model, str(path), adapter_only=True)
+        elif isinstance(self._policy, PeftModel):
             set_peft_model_state_dict(self._policy, load_peft_weights(str(path), device="cpu"))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from aqnsim._errors import ConfigError, RealisationError
 from training.generation import generate
 from training.records import MODES
+from training.sharding import gathered as whole_weights
 from training.tasks import Problem
 
 if TYPE_CHECKING:
@@ -65,17 +66,18 @@ def evaluate(
     ranks, rank = _world()
     starts = range(0, len(problems), batch_size)
     results: list[tuple[int, ProblemResult]] = []
-    for start in starts[rank::ranks]:
-        batch = problems[start : start + batch_size]
-        ids = torch.arange(start, start + len(batch))
-        prompts = tokenizer([problem.prompt for problem in batch])["input_ids"]
-        with emulation.phase("eval"), emulation.sequences(ids):
-            tokens = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-        completions = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        for index, problem, completion in zip(ids.tolist(), batch, completions, strict=True):
-            correct = bool(score(completion, problem.answer))
-            result = ProblemResult(problem.problem_id, correct, completion, problem.answer)
-            results.append((index, result))
+    with whole_weights(model):
+        for start in starts[rank::ranks]:
+            batch = problems[start : start + batch_size]
+            ids = torch.arange(start, start + len(batch))
+            prompts = tokenizer([problem.prompt for problem in batch])["input_ids"]
+            with emulation.phase("eval"), emulation.sequences(ids):
+                tokens = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+            completions = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for index, problem, completion in zip(ids.tolist(), batch, completions, strict=True):
+                correct = bool(score(completion, problem.answer))
+                result = ProblemResult(problem.problem_id, correct, completion, problem.answer)
+                results.append((index, result))
     gathered: list[tuple[int, ProblemResult]] = gather_object(results)
     return [result for _, result in sorted(gathered, key=lambda item: item[0])]
 

@@ -154,6 +154,7 @@ def _complete(
             attention_mask=mask.to(target.device),
             generation_config=config,
             logits_processor=processors,
+            synced_gpus=False,  # else, with FSDP2, ranks wait for each other at each token, and some have no batch
         )
     return [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
 

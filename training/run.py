@@ -32,9 +32,11 @@ from training.arguments import grpo_config
 from training.batch import Group
 from training.config import Experiment, Lora, load
 from training.dapo import DapoTrainer
+from training.dryrun import outline, shrunk
 from training.evaluate import ProblemResult, evaluate_modes
 from training.generation import end_of_sequence_ids
 from training.hardware import build_aqn, build_profile, build_schedule
+from training.launch.world import asks_for_fsdp, join
 from training.memory import keep_freed_memory
 from training.models import end_completions_at, load_model
 from training.plot import plot_run
@@ -54,6 +56,7 @@ from training.records import (
     StepMetrics,
 )
 from training.rundir import RunDirectory
+from training.sharding import trained_state
 from training.tasks import Task, task_of
 
 ADAPTER = "adapter"
@@ -74,6 +77,9 @@ def run(
     seed: int = 0,
     runs: Path = Path("runs"),
     resume: Path | None = None,
+    processes: int | None = None,
+    fsdp: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Train and evaluate one arm; every rank of torchrun calls it.
 
@@ -84,6 +90,9 @@ def run(
         seed: of everything that is drawn.
         runs: where run directories are made.
         resume: continue this run instead; its own config and seed are used.
+        processes: how many processes there have to be; None takes those of torchrun.
+        fsdp: keep weights in shards over the processes, by FSDP2; a launcher can ask for it as well.
+        dry_run: a few steps at the scale of a test, with a tiny model of the same architecture: see `dryrun.shrunk`.
 
     Returns:
         The run's directory.
@@ -91,23 +100,29 @@ def run(
     Raises:
         ConfigError: the config is not valid, or `resume` is a run of another experiment.
         RealisationError: something that was asked for did not happen.
+        WorldError: there are not as many processes as were asked for.
         KeyboardInterrupt: the run was interrupted, and can be resumed.
     """
     keep_freed_memory()
     disable_progress_bar()  # of loading weights: a line of progress per step is printed instead
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # TRL's, about itself
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = join(processes)
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
     if resume is None:
         resolved = load(experiment, preset, overrides)
+        if dry_run:
+            console.print(outline(resolved, state.num_processes))
+            resolved = shrunk(resolved, state.num_processes)
     else:
+        if dry_run:
+            raise ConfigError("--resume continues a run as it was started: leave out --dry-run")
         if overrides:
             raise ConfigError("--resume continues a run with its own settings: leave out --set")
         stored = RunDirectory.open(resume)
         resolved, seed = stored.experiment, stored.run.seed
         if resolved.id != Path(experiment).stem:
             raise ConfigError(f"{resume} is a run of {resolved.id!r}, not of {experiment!r}")
-    arm = Arm(resolved, seed)
+    arm = Arm(resolved, seed, fsdp=fsdp or asks_for_fsdp())
     directory = _directory(arm, runs, resume, state)
     console.print(f"[bold]{resolved.id}[/bold] ({resolved.preset}), seed {seed}: {directory.path}")
     with _records(directory), directory.recording():
@@ -118,8 +133,8 @@ def run(
 class Arm:
     """An experiment with a seed: its model, emulation and task, ready to train."""
 
-    def __init__(self, experiment: Experiment, seed: int) -> None:
-        self.experiment, self.seed = experiment, seed
+    def __init__(self, experiment: Experiment, seed: int, *, fsdp: bool = False) -> None:
+        self.experiment, self.seed, self.fsdp = experiment, seed, fsdp
         if (schedule := build_schedule(experiment)) is not None:
             schedule.check(experiment.total_steps)  # before anything is loaded
         set_seed(seed)
@@ -130,6 +145,7 @@ class Arm:
         self.eval_problems = self.task.problems("eval", task.eval_problems, 0)
         model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
         end_completions_at(model, self.tokenizer, self.task.end)
+        model.to(PartialState().device)  # before anything is emulated: counters stay where the weights are
         lora = experiment.lora
         self.model: PreTrainedModel | PeftModel = (
             attach_lora(model, lora, seed=seed) if isinstance(lora, Lora) else model.requires_grad_(True)
@@ -179,7 +195,12 @@ class Arm:
             tokenizer=self.tokenizer,
             algorithm=algorithm,
             args=grpo_config(
-                algorithm, output_dir=self.directory.path, seed=self.seed, steps=self.experiment.total_steps
+                algorithm,
+                output_dir=self.directory.path,
+                seed=self.seed,
+                steps=self.experiment.total_steps,
+                fsdp=self.fsdp,
+                engine=self.experiment.rollout.engine,
             ),
             problems=self.train_problems,
             score=self.task.score,
@@ -248,20 +269,21 @@ class Arm:
         self.directory.write_json(FINAL_RECEIPTS, [receipt.to_dict() for receipt in receipts])
         self.directory.write_json(EVALUATION, evaluation)
         self.console.print(table(receipts) if receipts else "profile ideal: nothing is emulated")
+        trained = trained_state(self.model)
         if trainer.is_world_process_zero():
-            self._save_model()
+            self._save_model(trained)
             plot_run(self.directory.path, self.directory.path / "run.png")
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
 
-    def _save_model(self) -> None:
+    def _save_model(self, trained: dict[str, torch.Tensor] | None) -> None:
         """The adapters, or all weights as they train, which is masters, beside what they were trained on."""
         adapted = isinstance(self.model, PeftModel)
         name = ADAPTER if adapted else MODEL
         kwargs: dict[str, Any] = {"save_embedding_layers": False} if adapted else {}
         staging = self.directory.path / f".{name}.tmp"
         shutil.rmtree(staging, ignore_errors=True)
-        self.emulation.save_pretrained(staging, frozen="master", **kwargs)
+        self.emulation.save_pretrained(staging, frozen="master", state_dict=trained, **kwargs)
         final = self.directory.path / name
         shutil.rmtree(final, ignore_errors=True)  # of an attempt to finish that was cut off
         os.replace(staging, final)

@@ -353,6 +353,12 @@ class Gsm8kTask(TaskTable):
 AnyTask = Annotated[ArithmeticTask | Gsm8kTask, Field(discriminator="name")]
 
 
+class Rollout(Table):
+    """What samples: the emulated model itself, or vLLM with its weights, in each process or in a server."""
+
+    engine: Literal["model", "vllm-colocate", "vllm-server"] = "model"
+
+
 class Published(Table):
     """A published claim to compare with: never a target, never evidence."""
 

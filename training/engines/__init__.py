@@ -1,0 +1,1 @@
+"""Other engines than the emulated model itself: each says what it cannot emulate, and refuses it."""
