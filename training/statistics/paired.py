@@ -1,4 +1,4 @@
-"""The statistics that an answer needs: pure functions on counts and on paired results.
+"""Two arms on the same problems, one run each: pure functions on counts and on paired results.
 
 Accuracies, differences and rates are shares (0 to 1), not percentage points.
 """
