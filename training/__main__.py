@@ -148,6 +148,127 @@ def plan_command(
     Console(highlight=False).print(page(made))
 
 
+PresetOption = Annotated[
+    str, typer.Option("--preset", help="Model, task and scale: a preset's name, or path to a TOML.")
+]
+SeedsOption = Annotated[int, typer.Option("--seeds", min=1, help="Seeds of each arm, from 0 on.")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
+JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="Runs at a time.")]
+
+
+@app.command("sweep")
+def sweep_command(
+    experiments: Annotated[
+        list[str], typer.Argument(help="Names of experiments, or paths to TOMLs.", metavar="IDS...")
+    ],
+    seeds: SeedsOption = 3,
+    preset: PresetOption = DEFAULT_PRESET,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Override a setting; repeatable.")
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    jobs: JobsOption = 1,
+) -> None:
+    """Run arms with several seeds: skips what is done, continues what was cut off."""
+    from training.sweep import planned, sweep
+
+    _report_failures(sweep(planned(experiments, seeds, preset, overrides or []), runs, jobs=jobs, say=typer.echo))
+
+
+def _report_failures(outcomes: Any) -> None:
+    failed = [o for o in outcomes if o.state == "failed"]
+    for outcome in failed:
+        typer.echo(f"failed: {outcome.planned.label}: {outcome.message}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("validate")
+def validate_command(
+    questions: Annotated[
+        list[str] | None, typer.Option("--question", help="One of the plan's questions; repeatable. Default: all.")
+    ] = None,
+    preset: PresetOption = DEFAULT_PRESET,
+    seeds: SeedsOption = 3,
+    runs: Annotated[
+        list[Path] | None, typer.Option("--runs", help="Folders of runs; new ones go to the first.")
+    ] = None,
+    margin: Annotated[float, typer.Option(help="Differences below this share are equal.")] = 0.02,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Decide from the runs that are there.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and for how long.")] = False,
+    jobs: JobsOption = 1,
+    out: Annotated[Path | None, typer.Option(help="JSON to write, and Markdown beside it.")] = None,
+) -> None:
+    """Run what the plan's questions need, and decide them from intervals over seeds."""
+    from training.questions import QUESTIONS, question
+    from training.sweep import forecast, planned, sweep
+
+    asked = [question(name) for name in questions or QUESTIONS]
+    roots = runs or [Path("runs")]
+    wanted = planned([arm for q in asked for arm in q.arms], seeds, preset)
+    if dry_run:
+        typer.echo(forecast(wanted, roots[0]))
+        return
+    if not no_run:
+        _report_failures(sweep(wanted, roots[0], jobs=jobs, say=typer.echo))
+    from training.validate import validate, write
+
+    found = validate(asked, preset, roots, seeds=seeds, margin=margin)
+    write(found, out or roots[0] / f"validate-{Path(preset).stem}.json")
+    typer.echo(found.to_markdown())
+
+
+@app.command("power")
+def power_command(
+    runs: Annotated[
+        list[Path] | None, typer.Option("--from", help="Folders of runs of two arms over seeds, to measure the spread.")
+    ] = None,
+    treatment: Annotated[str, typer.Option(help="Of those runs: the arm.")] = "e12",
+    control: Annotated[str, typer.Option(help="Of those runs: its control.")] = "e6a-lora-mxfp4",
+    preset: PresetOption = DEFAULT_PRESET,
+    seed_sd: Annotated[
+        float | None, typer.Option(help="Standard deviation of the difference from seed to seed, as a share.")
+    ] = None,
+    discordance: Annotated[float, typer.Option(help="Share of problems that exactly one arm solves.")] = 0.2,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 200,
+    effect: Annotated[float, typer.Option(help="The difference that matters, as a share.")] = 0.02,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what differences so many seeds and problems detect, and how many seeds one takes."""
+    import json
+
+    from training.power import measured_spread, table_of
+
+    if runs:
+        seed_sd, discordance, problems = measured_spread(runs, treatment, control, preset)
+    found = table_of(seed_sd, discordance, problems, effect)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+
+
+@app.command("archive")
+def archive_command(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of finished runs.", metavar="RUNS...")],
+    out: Annotated[Path, typer.Option(help="Folder to copy their records into.")],
+) -> None:
+    """Copy what analyses need of finished runs: no weights, no checkpoints, no texts."""
+    from training.archive import archive
+
+    for run in runs:
+        typer.echo(archive(run, out))
+
+
+@app.command("invalidate")
+def invalidate_command(
+    run: RunPath,
+    reason: Annotated[str, typer.Option(help="What was found to be wrong.")],
+    since: Annotated[str, typer.Option(help="Version or revision in which it was found.")],
+) -> None:
+    """Take a run out of every analysis and table; it stays where it is."""
+    from training.arms import mark_invalid
+
+    mark_invalid(run, reason, since)
+
+
 def _noise(aqn: dict[str, Any]) -> str:
     """The schedule in brief, with what it is by layer."""
     if aqn["schedule"] == "none":

@@ -15,60 +15,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from aqnsim._errors import AqnsimError
-from training import config
+from training.analysis import DECISIVE, SINGLE_SEED, Effect, effect, interval_text, points, signed
+from training.arms import Arm, ComparisonError, allowed, caveats, load_arm, split_differences
 from training.config import Difference
-from training.records import (
-    EVALUATION,
-    MODES,
-    PROBLEMS,
-    Evaluation,
-    Mode,
-    ProblemRecord,
-    Resume,
-    Score,
-)
-from training.rundir import RESUMES, RunDirectory
-from training.statistics import PairedDifference, minimum_detectable_effect, paired_difference
+from training.records import MODES, Score
 
-DECISIVE: Mode = "emulated"
-
-SINGLE_SEED = (
-    "One run per arm: the interval covers the choice of problems, not the training seed. How much "
-    "the difference would vary over seeds, two runs cannot say."
-)
-
-
-class ComparisonError(AqnsimError):
-    """Two runs that cannot be compared."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One finished run: its final evaluation, and per mode which problems it got right."""
-
-    directory: RunDirectory
-    evaluation: Evaluation
-    results: dict[Mode, dict[str, bool]]
-
-    @property
-    def name(self) -> str:
-        """The id of the experiment."""
-        return self.directory.experiment.id
-
-
-@dataclass(frozen=True)
-class Effect:
-    """The paired difference of one mode (A minus B) and the least that it could have detected."""
-
-    mode: Mode
-    paired: PairedDifference
-    detectable: float
-
-    @property
-    def is_detected(self) -> bool:
-        """Whether the difference reaches the detectable effect and its interval leaves out 0."""
-        return abs(self.paired.difference) >= self.detectable and 0 not in self.paired.interval
+__all__ = ["SINGLE_SEED", "Comparison", "ComparisonError", "Verdict", "compare", "render"]
 
 
 @dataclass(frozen=True)
@@ -110,15 +62,12 @@ def compare(run_a: Path, run_b: Path) -> Comparison:
             arms were evaluated on different problems.
         RunDirectoryError: a directory is not a run, or is damaged.
     """
-    a, b = _load(run_a), _load(run_b)
+    a, b = load_arm(run_a), load_arm(run_b)
     if a.directory.path.resolve() == b.directory.path.resolve():
         raise ComparisonError(f"{run_a} and {run_b} are the same run")
-    effects = tuple(_effect(mode, a, b) for mode in MODES)
-    decisive = next(effect for effect in effects if effect.mode == DECISIVE)
-    allowed = _allowed(a, b)
-    differences = [*config.diff(a.directory.experiment, b.directory.experiment), *_outside(a, b)]
-    declared = tuple(item for item in differences if config.covers(allowed, item.key))
-    undeclared = tuple(item for item in differences if not config.covers(allowed, item.key))
+    effects = tuple(effect(mode, [(a, b)]) for mode in MODES)
+    decisive = next(item for item in effects if item.mode == DECISIVE)
+    declared, undeclared = split_differences(a, b, allowed(a, b))
     return Comparison(
         a=a,
         b=b,
@@ -145,98 +94,10 @@ def render(comparison: Comparison) -> RenderableType:
     )
 
 
-def _load(path: Path) -> Arm:
-    directory = RunDirectory.open(path)
-    status = directory.status
-    if status.state != "finished":
-        why = f" ({status.message})" if status.message else ""
-        raise ComparisonError(f"{path} is {status.state}{why}: only finished runs are compared")
-    evaluation = directory.read_json(EVALUATION, Evaluation)
-    if not evaluation.is_final:
-        raise ComparisonError(f"{path}: its evaluation at step {evaluation.step} is not the final one")
-    if evaluation.fingerprint != directory.run.fingerprint:
-        raise ComparisonError(
-            f"{path} was trained under profile {directory.run.fingerprint[:12]}, but evaluated "
-            f"under {evaluation.fingerprint[:12]}: its emulated score is not the one asked for"
-        )
-    problems = [row for row in directory.read_jsonl(PROBLEMS, ProblemRecord) if row.split_is_final]
-    results = {mode: _results(path, mode, problems) for mode in MODES}
-    for mode, answers in results.items():
-        score = evaluation.score(mode)
-        if (score.correct, score.n) != (sum(answers.values()), len(answers)):
-            raise ComparisonError(
-                f"{path}: {EVALUATION} says {score.correct} of {score.n} {mode}, {PROBLEMS} holds "
-                f"{sum(answers.values())} of {len(answers)}"
-            )
-    return Arm(directory, evaluation, results)
-
-
-def _results(path: Path, mode: Mode, problems: Iterable[ProblemRecord]) -> dict[str, bool]:
-    results: dict[str, bool] = {}
-    for problem in problems:
-        if problem.mode == mode:
-            if problem.problem_id in results:
-                raise ComparisonError(f"{path}: problem {problem.problem_id!r} is there twice ({mode})")
-            results[problem.problem_id] = problem.correct
-    if not results:
-        raise ComparisonError(f"{path} has no final {mode} results")
-    return results
-
-
-def _effect(mode: Mode, a: Arm, b: Arm) -> Effect:
-    left, right = a.results[mode], b.results[mode]
-    if unpaired := sorted(left.keys() ^ right.keys()):
-        raise ComparisonError(
-            f"the arms answered different {mode} problems: {len(unpaired)} are in one arm only, "
-            f"such as {unpaired[0]!r}; a paired comparison needs the same held-out problems"
-        )
-    ids = sorted(left)
-    paired = paired_difference([left[key] for key in ids], [right[key] for key in ids])
-    return Effect(mode, paired, minimum_detectable_effect(paired.n, paired.discordance))
-
-
-def _allowed(a: Arm, b: Arm) -> tuple[str, ...]:
-    """What the question lets the arms differ in; nothing where neither is the other's control."""
-    for arm, other in ((a, b), (b, a)):
-        question = arm.directory.experiment.question
-        if question.control_id == other.name:
-            # Another profile has another fingerprint, but so has a profile that was edited.
-            renamed = arm.directory.run.profile != other.directory.run.profile
-            varies_profile = renamed and config.covers(question.differs_in, "profile.name")
-            return (*question.differs_in, *(["profile.fingerprint"] if varies_profile else []))
-    return ()
-
-
-def _outside(a: Arm, b: Arm) -> list[Difference]:
-    """Differences that no config knows of: seed, emulated hardware, code, machine."""
-    left, right = (
-        {
-            "seed": arm.directory.run.seed,
-            "processes": arm.directory.run.processes,
-            "profile.fingerprint": arm.directory.run.fingerprint,
-            **arm.directory.environment(),
-        }
-        for arm in (a, b)
-    )
-    return [
-        Difference(key, left.get(key), right.get(key))
-        for key in sorted(left.keys() | right.keys())
-        if left.get(key) != right.get(key)
-    ]
-
-
 def _caveats(a: Arm, b: Arm) -> Iterable[str]:
-    for label, arm in (("A", a), ("B", b)):
-        environment = arm.directory.environment()
-        if environment.get("git.revision") is None:
-            yield f"{label} does not know the revision of its code."
-        elif environment.get("git.dirty"):
-            yield f"{label} ran on uncommitted changes: its revision does not tell its code."
-        for resume in arm.directory.read_jsonl(RESUMES, Resume):
-            if resume.changed:
-                changes = ", ".join(resume.changed)
-                yield f"{label} was resumed in another environment: {changes} had changed."
-    if not _allowed(a, b):
+    yield from caveats("A", a)
+    yield from caveats("B", b)
+    if not allowed(a, b):
         yield "Neither experiment names the other as its control: nothing that differs is declared."
 
 
@@ -248,12 +109,12 @@ def _verdict(
     undeclared: tuple[Difference, ...],
 ) -> Verdict:
     paired = effect.paired
-    difference = f"the difference of {_signed(paired.difference)} points"
+    difference = f"the difference of {signed(paired.difference)} points"
     if abs(paired.difference) < effect.detectable:
         return Verdict(
             "no finding",
             f"no finding: {difference} is below the minimum detectable effect of "
-            f"{_points(effect.detectable)} points at n={paired.n}",
+            f"{points(effect.detectable)} points at n={paired.n}",
         )
     if not effect.is_detected:
         return Verdict(
@@ -272,8 +133,8 @@ def _verdict(
     return Verdict(
         "finding",
         f"finding, for these two runs: {winner.name} is ahead, {a.name} minus {b.name} is "
-        f"{_signed(paired.difference)} points ({effect.mode}, n={paired.n}), at or above the "
-        f"minimum detectable effect of {_points(effect.detectable)} points",
+        f"{signed(paired.difference)} points ({effect.mode}, n={paired.n}), at or above the "
+        f"minimum detectable effect of {points(effect.detectable)} points",
     )
 
 
@@ -287,22 +148,21 @@ def _score_table(comparison: Comparison) -> Table:
     )
     for column in ("", "A", "B", "A - B", "p", "MDE"):
         table.add_column(column)
-    for effect in comparison.effects:
-        paired = effect.paired
-        low, high = paired.interval.low, paired.interval.high
+    for found in comparison.effects:
+        paired = found.paired
         table.add_row(
-            effect.mode,
-            *(_score(arm.evaluation.score(effect.mode)) for arm in (comparison.a, comparison.b)),
-            f"{_signed(paired.difference)}\n[{_signed(low)}, {_signed(high)}]",
+            found.mode,
+            *(_score(arm.evaluation.score(found.mode)) for arm in (comparison.a, comparison.b)),
+            f"{signed(paired.difference)}\n{interval_text(paired.interval)}",
             f"{paired.p_value:.3g}\n{paired.only_a} : {paired.only_b}",
-            _points(effect.detectable),
+            points(found.detectable),
         )
     return table
 
 
 def _score(score: Score) -> str:
     low, high = score.wilson
-    return f"{_points(score.accuracy)}\n[{_points(low)}, {_points(high)}]"
+    return f"{points(score.accuracy)}\n[{points(low)}, {points(high)}]"
 
 
 def _difference_table(title: str, differences: tuple[Difference, ...]) -> RenderableType:
@@ -318,11 +178,3 @@ def _difference_table(title: str, differences: tuple[Difference, ...]) -> Render
 
 def _shown(value: object) -> str:
     return "-" if value is None else str(value)
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f}"

@@ -15,6 +15,8 @@ PROBLEMS = "problems.jsonl"
 EVALUATION = "evaluation.json"
 ALARMS = "alarms.jsonl"
 PREFLIGHT = "preflight.json"
+PROBLEM_COLUMNS = "problems.json"
+INVALID = "invalid.json"
 
 Mode = Literal["clean", "emulated"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -168,3 +170,26 @@ class Resume(Record):
     step: int | None
     time: str
     changed: dict[str, tuple[str | None, str | None]]
+
+
+class AnswerColumn(Record):
+    """One evaluation in one mode: for each problem, in their order, "1" where it was solved, else "0"."""
+
+    step: int
+    is_final: bool
+    mode: Mode
+    correct: str
+
+
+class ProblemColumns(Record):
+    """problems.json of an archived run: its problems.jsonl without the texts of completions and answers."""
+
+    problem_ids: tuple[str, ...]
+    evaluations: tuple[AnswerColumn, ...]
+
+
+class Invalid(Record):
+    """invalid.json: why a run no longer counts, and since which version or revision that is known."""
+
+    reason: str
+    since: str

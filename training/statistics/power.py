@@ -55,7 +55,7 @@ def power_over_seeds(effect: float, sd: float, seeds: int, alpha: float = 0.05) 
     _check(sd, seeds, alpha)
     freedom, shift = seeds - 1, abs(effect) * sqrt(seeds) / sd
     critical = float(t.ppf(1 - alpha / 2, freedom))
-    return float(nct.sf(critical, freedom, shift) + nct.cdf(-critical, freedom, shift))
+    return float(nct.sf(critical, freedom, shift) + nct.sf(critical, freedom, -shift))
 
 
 def equivalence_power(margin: float, sd: float, seeds: int, alpha: float = 0.05) -> float:
