@@ -109,8 +109,10 @@ class DapoTrainer(GRPOTrainer):
         refuse_uncovered_lm_head(emulation, model)
 
         def accuracy(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-            self._flexible = [float((flexible or score)(c, a)) for c, a in zip(completions, answer, strict=True)]
-            return [float(score(c, a)) for c, a in zip(completions, answer, strict=True)]
+            strict = [float(score(c, a)) for c, a in zip(completions, answer, strict=True)]
+            loose = [float(flexible(c, a)) for c, a in zip(completions, answer, strict=True)] if flexible else strict
+            self._flexible = loose
+            return strict
 
         overlong = get_soft_overlong_punishment(algorithm.max_new_tokens, algorithm.overlong_buffer)
         self.emulation = emulation
@@ -303,7 +305,7 @@ class DapoTrainer(GRPOTrainer):
             self.engine.hold(self.state.global_step, noisy=True)
             _, completions, log_probs, *_ = self.engine.generate(prompt_ids, None, self.algorithm.group_size)
             self._sampled = [
-                Sample(tokens, [candidates[0] for candidates in row])
+                Sample(tokens, [math.nan if found is None else found for (found, *_) in row])
                 for tokens, row in zip(completions, log_probs, strict=True)
             ]
             return completions, None
@@ -477,7 +479,7 @@ def refuse_uncovered_lm_head(emulation: Emulation, model: PreTrainedModel | Peft
     for site in emulation.sites:
         if site.module is head or site.name.endswith("lm_head"):
             reason = "is the lm_head, whose forward the loss never calls: it multiplies by its weight"
-        elif head is not None and site.module.weight is head.weight:
+        elif head is not None and site.parameter is head.weight:
             reason = "shares its weight with the tied lm_head, which the loss reads directly"
         else:
             continue

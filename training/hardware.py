@@ -22,6 +22,9 @@ LAYER_WORDS = ("layers", "layer", "blocks", "h")
 
 EVALUATION = "eval"
 
+LOSS = "loss"
+"""The kind of op that training computes itself, from log-probabilities: no loss of the model's own is ever called."""
+
 
 # ---- profile ---------------------------------------------------------------------------------------------------------
 
@@ -42,7 +45,11 @@ def build_profile(experiment: Experiment, *, layers: int) -> Profile:
     profile = profiles.load(table.name)
     if table.evaluate_on is not None:
         profile = _with_evaluation(profile, profiles.load(table.evaluate_on))
-    rules = tuple(dataclasses.replace(rule, spec=_in_directions(rule.spec, table.directions)) for rule in profile.rules)
+    rules = tuple(
+        dataclasses.replace(rule, kind=kinds, spec=_in_directions(rule.spec, table.directions))
+        for rule in profile.rules
+        if (kinds := tuple(kind for kind in rule.kinds if kind != LOSS))
+    )
     if profile.rules and all(rule.spec.is_empty for rule in rules):
         raise ConfigError(
             f"profile.directions = {table.directions!r} leaves nothing of profile {table.name!r}, which has no "

@@ -17,12 +17,9 @@ def examine(groups: Sequence[Group], ends: Collection[int]) -> Preflight:
     Args:
         groups: all that were sampled in the first step.
         ends: token ids that end a completion.
-
-    Raises:
-        ConfigError: nothing can be learnt from it: every completion was cut off, or no group's answers differ.
     """
     completions = list(itertools.chain.from_iterable(groups))
-    found = Preflight(
+    return Preflight(
         completions=len(completions),
         groups=len(groups),
         accuracy=fmean(c.correct for c in completions),
@@ -31,6 +28,14 @@ def examine(groups: Sequence[Group], ends: Collection[int]) -> Preflight:
         reward_sd=fmean(pstdev([c.correct for c in group]) for group in groups),
         truncated=fmean(not c.tokens or c.tokens[-1] not in ends for c in completions),
     )
+
+
+def refuse(found: Preflight) -> None:
+    """Refuse a run that cannot learn.
+
+    Raises:
+        ConfigError: every completion was cut off, or no group's answers differ.
+    """
     sampled = f"of {found.completions} completions in {found.groups} groups, sampled before training"
     if found.truncated == 1:
         raise ConfigError(f"{sampled}, none ended: raise algorithm.max_new_tokens, or take a task with shorter answers")
@@ -45,4 +50,3 @@ def examine(groups: Sequence[Group], ends: Collection[int]) -> Preflight:
                 else "Choose an easier or a harder task, or raise algorithm.group_size"
             )
         )
-    return found

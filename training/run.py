@@ -40,7 +40,7 @@ from training.launch.world import asks_for_fsdp, join
 from training.memory import keep_freed_memory
 from training.models import end_completions_at, load_model
 from training.plot import plot_run
-from training.preflight import examine
+from training.preflight import examine, refuse
 from training.records import (
     ALARMS,
     EVALUATION,
@@ -122,7 +122,7 @@ def run(
         resolved, seed = stored.experiment, stored.run.seed
         if resolved.id != Path(experiment).stem:
             raise ConfigError(f"{resume} is a run of {resolved.id!r}, not of {experiment!r}")
-    arm = Arm(resolved, seed, fsdp=fsdp or asks_for_fsdp())
+    arm = Arm(resolved, seed, fsdp=fsdp or asks_for_fsdp(), rehearsal=dry_run)
     directory = _directory(arm, runs, resume, state)
     console.print(f"[bold]{resolved.id}[/bold] ({resolved.preset}), seed {seed}: {directory.path}")
     with _records(directory), directory.recording():
@@ -133,8 +133,8 @@ def run(
 class Arm:
     """An experiment with a seed: its model, emulation and task, ready to train."""
 
-    def __init__(self, experiment: Experiment, seed: int, *, fsdp: bool = False) -> None:
-        self.experiment, self.seed, self.fsdp = experiment, seed, fsdp
+    def __init__(self, experiment: Experiment, seed: int, *, fsdp: bool = False, rehearsal: bool = False) -> None:
+        self.experiment, self.seed, self.fsdp, self.rehearsal = experiment, seed, fsdp, rehearsal
         if (schedule := build_schedule(experiment)) is not None:
             schedule.check(experiment.total_steps)  # before anything is loaded
         set_seed(seed)
@@ -143,7 +143,8 @@ class Arm:
         self.train_problems = self.task.problems("train", task.prompts, seed)
         # The held-out problems are the same for every seed: runs are compared on them problem by problem.
         self.eval_problems = self.task.problems("eval", task.eval_problems, 0)
-        model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
+        with PartialState().local_main_process_first():  # transformers saves from the first process alone
+            model, self.tokenizer = load_model(experiment.model.name, dtype=experiment.model.dtype)
         end_completions_at(model, self.tokenizer, self.task.end)
         model.to(PartialState().device)  # before anything is emulated: counters stay where the weights are
         lora = experiment.lora
@@ -225,6 +226,8 @@ class Arm:
             f"before training: {found.informative:.0%} of {found.groups} groups are informative, {found.accuracy:.0%} "
             f"of the samples right ({found.flexible:.0%} by the flexible scorer), {found.truncated:.0%} cut off"
         )
+        if not self.rehearsal:
+            refuse(found)
 
     def _evaluate(self, step: int, is_final: bool) -> Evaluation:
         """Score the held-out problems, clean and emulated, and store every answer."""

@@ -95,6 +95,9 @@ class TinyLlama(Recipe):
 class TinyQwen2(TinyLlama):
     """The same with the architecture of Qwen2: biases on queries, keys and values, weights tied."""
 
+    layers: int = 2
+    steps: int = 600
+
     def _initial(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
         config = Qwen2Config(

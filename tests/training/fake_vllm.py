@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trl.generation.vllm_generation import VLLMGeneration
 
 from training.engines.vllm import PACKED
-from training.generation import generate
+from training.generation import Sample, sample
 
 
 class FakeEngine:
@@ -60,11 +60,16 @@ class FakeLLM:
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         length = sampling_params.max_tokens
         uniforms = torch.rand(len(ids), length, dtype=torch.float64)
-        completions = generate(self.engine.model, self.engine.tokenizer, ids, max_new_tokens=length, uniforms=uniforms)
+        completions = sample(self.engine.model, self.engine.tokenizer, ids, uniforms=uniforms, temperature=1.0)
         return [
-            SimpleNamespace(prompt_token_ids=p, outputs=[SimpleNamespace(token_ids=c, logprobs=None)])
+            SimpleNamespace(prompt_token_ids=p, outputs=[SimpleNamespace(token_ids=c.tokens, logprobs=_log_probs(c))])
             for p, c in zip(ids, completions, strict=True)
         ]
+
+
+def _log_probs(completion: Sample) -> list[dict[int, Any]]:
+    pairs = zip(completion.tokens, completion.log_probs, strict=True)
+    return [{token: SimpleNamespace(logprob=value, rank=1)} for token, value in pairs]
 
 
 def generation_of(model: nn.Module, engine: FakeEngine) -> VLLMGeneration:

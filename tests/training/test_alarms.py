@@ -12,7 +12,7 @@ from stubs import Run
 from aqnsim._errors import ConfigError
 from training.alarms import RULES, AlarmError, Watch
 from training.batch import Completion
-from training.preflight import examine
+from training.preflight import examine, refuse
 from training.records import Mismatch, StepMetrics
 from training.run import run
 from training.tables import Alarms
@@ -129,7 +129,7 @@ def test_what_the_first_rollout_says() -> None:
 )
 def test_a_run_that_cannot_learn_is_refused_with_its_numbers(groups: list[list[Completion]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        examine(groups, ends=[2])
+        refuse(examine(groups, ends=[2]))
 
 
 def test_the_first_rollout_is_looked_at_once_and_before_any_update(tmp_path: Path) -> None:

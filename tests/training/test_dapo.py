@@ -535,7 +535,10 @@ def test_a_gradient_that_is_not_finite_is_never_applied(tmp_path: Path) -> None:
 )
 def test_an_emulated_lm_head_is_refused(site: str, tied: bool, reason: str, wrapped: bool) -> None:
     base = tiny_model(tied=tied)
-    emulation = StubEmulation(base, sites=[SimpleNamespace(name=site, module=base.get_submodule(site))])
+    emulation = StubEmulation(
+        base,
+        sites=[SimpleNamespace(name=site, module=base.get_submodule(site), parameter=base.get_submodule(site).weight)],
+    )
     model = attach_lora(base, LORA, seed=0) if wrapped else base
     with pytest.raises(ConfigError, match=reason):
         refuse_uncovered_lm_head(emulation, model)
@@ -544,7 +547,10 @@ def test_an_emulated_lm_head_is_refused(site: str, tied: bool, reason: str, wrap
 @pytest.mark.parametrize("site", ["model.layers.0.mlp.up_proj", "model.embed_tokens"])
 def test_other_sites_are_not_refused(site: str) -> None:
     base = tiny_model()
-    emulation = StubEmulation(base, sites=[SimpleNamespace(name=site, module=base.get_submodule(site))])
+    emulation = StubEmulation(
+        base,
+        sites=[SimpleNamespace(name=site, module=base.get_submodule(site), parameter=base.get_submodule(site).weight)],
+    )
     refuse_uncovered_lm_head(emulation, attach_lora(base, LORA, seed=0))
 
 

@@ -26,7 +26,6 @@ SHORT = [
     "algorithm.micro_batch_size=16",
 ]
 EXPERIMENTS = {name: load(name, "smoke") for name in names()}
-ADAPTED = [name for name, e in EXPERIMENTS.items() if e.lora.method == "lora" and e.algorithm.name == "dapo"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -44,7 +43,7 @@ def test_every_experiment_attaches_and_reaches_all_that_it_names(name: str) -> N
     assert not kept & emulated
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_short_run_realises_what_the_experiment_asks_for(name: str, tmp_path: Path) -> None:
     e = load(name, "smoke", [*SHORT, f"algorithm.steps={3 * EXPERIMENTS[name].algorithm.epochs}"])
     path = run(name, preset="smoke", overrides=[*SHORT, f"algorithm.steps={e.total_steps}"], runs=tmp_path)
@@ -52,10 +51,7 @@ def test_a_short_run_realises_what_the_experiment_asks_for(name: str, tmp_path: 
     receipts = json.loads((path / "receipts.json").read_text())
     _check_noise(e, path, [r for r in receipts if r["stream"] == "aqn"])
     _check_hardware(e, [r for r in receipts if r["stream"] != "aqn"])
-
-
-PENDING: set[str] = set()
-"""What the trainer does not have yet; runs of the plan's DAPO experiments at this scale have 0 and 1 of them."""
+    assert ("reference" in {r["phase"] for r in receipts}) == bool(e.algorithm.kl and e.profile.name != "ideal")
 
 
 def test_every_setting_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +76,7 @@ def test_every_setting_is_read_by_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     tables = [ProfileTable, Algorithm, ModelTable, ZoneTable, *(kind for kinds in KINDS.values() for kind in kinds)]
     declared = {f"{cls.__name__}.{key}" for cls in tables for key in cls.model_fields.keys() - {*KIND_KEYS.values()}}
     declared |= {"Algorithm.name", "ProfileTable.name", "ModelTable.name"}
-    assert declared - read - PENDING == {"Gsm8kTask.data", *(f"Gsm8kTask.{key}" for key in TaskTable.model_fields)}
+    assert declared - read == {"Gsm8kTask.data", *(f"Gsm8kTask.{key}" for key in TaskTable.model_fields)}
     assert load("e14a", "paper").task.parameters == {"data": "openai/gsm8k"}  # which a task is made with
 
 
@@ -108,6 +104,6 @@ def _norm(layer: int | None) -> str:
 def _check_hardware(e: Experiment, receipts: list[dict[str, Any]]) -> None:
     profile = build_profile(e, layers=LAYERS)
     kept = {layer % LAYERS for layer in e.profile.keep_layers}
-    assert {layer_of(r["site"]) for r in receipts} == (set(range(LAYERS)) - kept if profile.rules else set())
+    assert {layer_of(r["site"]) for r in receipts} - {None} == (set(range(LAYERS)) - kept if profile.rules else set())
     asked = {value for rule in profile.rules for _, part in rule.spec.parts for value in part.asked.values()}
-    assert {r["requested"] for r in receipts} == asked
+    assert {r["requested"] for r in receipts} - {"-"} == asked  # "-" counts the calls of a forward that is exact

@@ -12,8 +12,8 @@ import pytest
 from stubs import Run, tiny_model
 
 from aqnsim._errors import ConfigError, RealisationError
+from training.arguments import grpo_config
 from training.config import load
-from training.dapo import grpo_config
 from training.dryrun import STEPS, shrunk
 from training.launch.world import WorldError, join
 from training.sharding import attest_sharding
@@ -132,7 +132,7 @@ def test_the_paper_run_is_rehearsed_in_shards_that_accelerate_asks_for(tmp_path:
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Qwen/Qwen2.5-1.5B-Instruct (bfloat16) on 2 processes, profile mxfp4-w4a16, 29 steps" in done.stdout
     (run,) = tmp_path.iterdir()
-    assert (run / f"checkpoint-{STEPS}" / "pytorch_model_fsdp.bin").exists()
+    assert (run / f"checkpoint-{4 * STEPS}" / "pytorch_model_fsdp.bin").exists()  # 4 updates a step
     assert json.loads((run / "run.json").read_text())["processes"] == 2
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
