@@ -160,7 +160,7 @@ def test_scores_that_do_not_fit_the_problems_are_refused(write_run: WriteRun) ->
     a, b = write_run("e12"), write_run("e6a-lora-mxfp4")
     score = {"accuracy": 1.0, "correct": 2, "n": 2, "wilson": [0.3, 1.0]}
     edit(a, EVALUATION, emulated=score)
-    with pytest.raises(ComparisonError, match=r"says 2 of 2 emulated, problems\.jsonl holds 1 of 2"):
+    with pytest.raises(ComparisonError, match=r"says 2 of 2 emulated, its problems are 1 of 2"):
         compare(a.path, b.path)
 
 
