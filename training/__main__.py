@@ -269,6 +269,22 @@ def invalidate_command(
     mark_invalid(run, reason, since)
 
 
+@app.command("traps")
+def traps_command(
+    out: Annotated[Path | None, typer.Option(help="Write the page there instead of printing it.")] = None,
+) -> None:
+    """Re-create the false findings of earlier work, and show what is said here to each."""
+    from training.rundir import replace
+    from training.traps import page
+
+    text = page()
+    if out is None:
+        typer.echo(text)
+    else:
+        replace(out, text.encode())
+        typer.echo(out)
+
+
 def _noise(aqn: dict[str, Any]) -> str:
     """The schedule in brief, with what it is by layer."""
     if aqn["schedule"] == "none":
