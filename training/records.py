@@ -13,6 +13,7 @@ RECEIPTS = "receipts.jsonl"
 FINAL_RECEIPTS = "receipts.json"
 PROBLEMS = "problems.jsonl"
 EVALUATION = "evaluation.json"
+INVALID = "invalid.json"
 
 Mode = Literal["clean", "emulated"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -113,3 +114,10 @@ class Resume(Record):
     step: int | None
     time: str
     changed: dict[str, tuple[str | None, str | None]]
+
+
+class Invalid(Record):
+    """invalid.json: why a run's numbers must not be used any more, and since when (a date)."""
+
+    reason: str
+    since: str
