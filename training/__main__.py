@@ -1,4 +1,4 @@
-"""The command line of the experiments: `python -m training run | list | compare | plot`."""
+"""The command line of the experiments: `python -m training run | list | compare | plot | report`."""
 
 from __future__ import annotations
 
@@ -113,6 +113,20 @@ def plot_command(
     from training.plot import plot_run
 
     typer.echo(plot_run(run, out or run / "run.png"))
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, or folders that hold some.", metavar="RUNS")],
+    out: Annotated[Path, typer.Option(help="HTML to write: one file that loads nothing.")] = Path("report.html"),
+    validation: Annotated[
+        Path | None, typer.Option(help="What `validate` wrote; default: validate.json beside the runs.")
+    ] = None,
+) -> None:
+    """Report on runs: accuracy over seeds, schedules, receipts, differences of arms, alarms, caveats."""
+    from training.report import write_report
+
+    typer.echo(write_report(runs, out, validation))
 
 
 def _noise(aqn: dict[str, object]) -> str:

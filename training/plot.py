@@ -79,10 +79,10 @@ def plot_run(run_dir: Path, out_png: Path) -> Path:
 
 def _plot_reward(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
     steps = [row.step for row in metrics]
-    rewards = _numbers(row.reward for row in metrics)
-    accuracies = _numbers(row.accuracy for row in metrics)
+    rewards = numbers(row.reward for row in metrics)
+    accuracies = numbers(row.accuracy for row in metrics)
     axes.plot(steps, accuracies, color=BLUE, marker="o", ms=3, lw=0.8, alpha=0.45)
-    axes.plot(steps, _smooth(accuracies), color=BLUE, lw=2.2, label="accuracy (5-step mean)")
+    axes.plot(steps, smooth(accuracies), color=BLUE, lw=2.2, label="accuracy (5-step mean)")
     axes.plot(steps, rewards, color=ORANGE, lw=1.2, ls="--", label="reward")
     starved = [row.step for row in metrics if row.starved]
     if starved:
@@ -95,8 +95,8 @@ def _plot_reward(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
 
 def _plot_sigma(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
     steps = [row.step for row in metrics]
-    requested = _numbers(row.sigma_requested for row in metrics)
-    realised = _numbers(row.sigma_realised for row in metrics)
+    requested = numbers(row.sigma_requested for row in metrics)
+    realised = numbers(row.sigma_realised for row in metrics)
     axes.set(title="AQN: sigma of the norm weights in the rollout", xlabel="step", ylabel="sigma")
     positive = requested[requested > 0]
     if not positive.size:
@@ -177,11 +177,11 @@ def _plot_weights(axes: Axes, receipts: Sequence[Receipt]) -> None:
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
-def _numbers(values: Iterable[float | None]) -> np.ndarray:
+def numbers(values: Iterable[float | None]) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-def _smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
+def smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
     """Mean over the last `window` values, NaN left out."""
     rows = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
     return np.array([np.nan if np.isnan(row).all() else np.nanmean(row) for row in rows])

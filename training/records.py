@@ -13,6 +13,7 @@ RECEIPTS = "receipts.jsonl"
 FINAL_RECEIPTS = "receipts.json"
 PROBLEMS = "problems.jsonl"
 EVALUATION = "evaluation.json"
+PROBLEM_COLUMNS = "problems.json"
 INVALID = "invalid.json"
 
 Mode = Literal["clean", "emulated"]
@@ -117,7 +118,7 @@ class Resume(Record):
 
 
 class Invalid(Record):
-    """invalid.json: why a run's numbers must not be used any more, and since when (a date)."""
+    """invalid.json: why a run no longer counts, and since which version or revision that is known."""
 
     reason: str
     since: str

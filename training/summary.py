@@ -6,7 +6,7 @@ kept out of every mean.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from training.records import (
     FINAL_RECEIPTS,
     INVALID,
     METRICS,
+    PROBLEM_COLUMNS,
     PROBLEMS,
     Evaluation,
     Invalid,
@@ -91,9 +92,8 @@ class RunSummary:
     def scores(self) -> dict[int, dict[Mode, Score]]:
         """Held-out scores by step: those along the way from the problems, the last one from the evaluation."""
         right: dict[int, dict[Mode, list[bool]]] = {}
-        for row in self.directory.read_jsonl(PROBLEMS, ProblemRecord):
-            if not row.split_is_final:
-                right.setdefault(row.step, {"clean": [], "emulated": []})[row.mode].append(row.correct)
+        for step, mode, correct in self._answers():
+            right.setdefault(step, {"clean": [], "emulated": []})[mode] += correct
         found = {
             step: {mode: Score.of(sum(rows), len(rows)) for mode, rows in modes.items()}
             for step, modes in sorted(right.items())
@@ -102,6 +102,16 @@ class RunSummary:
         if self.final is not None:
             found[self.final.step] = {"clean": self.final.clean, "emulated": self.final.emulated}
         return found
+
+    def _answers(self) -> Iterator[tuple[int, Mode, list[bool]]]:
+        """Step, mode and what was right, of evaluations before the end; an archive holds columns, not lines."""
+        columns = json_or_none(self, PROBLEM_COLUMNS)
+        for column in columns["evaluations"] if columns else ():
+            if not column["is_final"]:
+                yield column["step"], column["mode"], [bit == "1" for bit in column["correct"]]
+        for row in self.directory.read_jsonl(PROBLEMS, ProblemRecord):
+            if not row.split_is_final:
+                yield row.step, row.mode, [row.correct]
 
     @cached_property
     def receipts(self) -> list[Receipt]:
