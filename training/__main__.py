@@ -1,4 +1,4 @@
-"""The command line of the experiments: `python -m training run | list | plan | compare | plot`."""
+"""The command line of the experiments: `python -m training --help` lists what there is."""
 
 from __future__ import annotations
 
@@ -283,6 +283,20 @@ def traps_command(
     else:
         replace(out, text.encode())
         typer.echo(out)
+
+
+@app.command("report")
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, or folders that hold some.", metavar="RUNS")],
+    out: Annotated[Path, typer.Option(help="HTML to write: one file that loads nothing.")] = Path("report.html"),
+    validation: Annotated[
+        Path | None, typer.Option(help="What `validate` wrote; default: validate.json beside the runs.")
+    ] = None,
+) -> None:
+    """Report on runs: accuracy over seeds, schedules, receipts, differences of arms, alarms, caveats."""
+    from training.report import write_report
+
+    typer.echo(write_report(runs, out, validation))
 
 
 def _noise(aqn: dict[str, Any]) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,23 +14,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from aqnsim._errors import AqnsimError
-from training.records import (
-    EVALUATION,
-    FINAL_RECEIPTS,
-    METRICS,
-    PROBLEMS,
-    Evaluation,
-    ProblemRecord,
-    Score,
-    StepMetrics,
-)
-from training.rundir import RunDirectory, replace
+from aqnsim.aqn import layer_of
+from aqnsim.receipts import Receipt
+from training.records import Mode, Score, StepMetrics
+from training.rundir import replace
+from training.summary import RunSummary
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers differ as well.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PALETTE = (BLUE, ORANGE, GREEN, VERMILION, "#CC79A7", "#56B4E9", "#000000", "#B8A800")
 MARKERS = "osD^vP*X"
 GREY = "#767676"
+
+MODE_STYLES: tuple[tuple[Mode, str, str], ...] = (("clean", BLUE, "o"), ("emulated", ORANGE, "s"))
+"""Colour and marker of the two modes of an evaluation."""
 
 
 class PlotError(AqnsimError):
@@ -53,8 +48,8 @@ def plot_run(run_dir: Path, out_png: Path) -> Path:
         PlotError: no step of training was recorded.
         RunDirectoryError: not a run directory, or a damaged one.
     """
-    run = RunDirectory.open(run_dir)
-    metrics = run.read_jsonl(METRICS, StepMetrics)
+    summary = RunSummary.read(run_dir)
+    run, metrics = summary.directory, summary.metrics
     if not metrics:
         raise PlotError(f"{run_dir} has recorded no step of training yet: nothing to plot")
     figure = Figure(figsize=(11, 7.5), dpi=130, layout="constrained")
@@ -64,14 +59,14 @@ def plot_run(run_dir: Path, out_png: Path) -> Path:
     figure.suptitle(
         f"{experiment.id}   {experiment.model.name}   "
         f"{run.run.profile} [{run.run.fingerprint[:12]}]   seed {run.run.seed}   "
-        f"{run.status.state}",
+        f"{summary.state}",
         fontsize=11,
         fontweight="bold",
     )
     _plot_reward(reward, metrics)
     _plot_sigma(sigma, metrics)
-    _plot_accuracy(accuracy, _scores(run))
-    _plot_weights(weights, _weight_receipts(run))
+    _plot_accuracy(accuracy, summary.scores)
+    _plot_weights(weights, [receipt for receipt in summary.receipts if receipt.stream == "weight"])
     for axes in (reward, sigma, accuracy, weights):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
@@ -84,10 +79,10 @@ def plot_run(run_dir: Path, out_png: Path) -> Path:
 
 def _plot_reward(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
     steps = [row.step for row in metrics]
-    rewards = _numbers(row.reward for row in metrics)
-    accuracies = _numbers(row.accuracy for row in metrics)
+    rewards = numbers(row.reward for row in metrics)
+    accuracies = numbers(row.accuracy for row in metrics)
     axes.plot(steps, accuracies, color=BLUE, marker="o", ms=3, lw=0.8, alpha=0.45)
-    axes.plot(steps, _smooth(accuracies), color=BLUE, lw=2.2, label="accuracy (5-step mean)")
+    axes.plot(steps, smooth(accuracies), color=BLUE, lw=2.2, label="accuracy (5-step mean)")
     axes.plot(steps, rewards, color=ORANGE, lw=1.2, ls="--", label="reward")
     starved = [row.step for row in metrics if row.starved]
     if starved:
@@ -100,8 +95,8 @@ def _plot_reward(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
 
 def _plot_sigma(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
     steps = [row.step for row in metrics]
-    requested = _numbers(row.sigma_requested for row in metrics)
-    realised = _numbers(row.sigma_realised for row in metrics)
+    requested = numbers(row.sigma_requested for row in metrics)
+    realised = numbers(row.sigma_realised for row in metrics)
     axes.set(title="AQN: sigma of the norm weights in the rollout", xlabel="step", ylabel="sigma")
     positive = requested[requested > 0]
     if not positive.size:
@@ -116,17 +111,16 @@ def _plot_sigma(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _plot_accuracy(axes: Axes, scores: dict[str, tuple[Score, Score]]) -> None:
+def _plot_accuracy(axes: Axes, scores: dict[int, dict[Mode, Score]]) -> None:
     axes.set(title="Held-out accuracy (95 % Wilson intervals)", ylabel="accuracy", ylim=(0, 1))
-    axes.set_xticks(range(len(scores)), list(scores))
-    axes.set_xlim(-0.5, 1.5)
+    axes.set_xticks(range(len(scores)), [f"step {step}" for step in scores])
+    axes.set_xlim(-0.5, max(len(scores), 2) - 0.5)
     if not scores:
         _say(axes, "not evaluated yet")
         return
-    modes = (("clean", BLUE, "o", -0.04), ("emulated", ORANGE, "s", 0.04))
-    for index, (mode, colour, marker, offset) in enumerate(modes):
+    for (mode, colour, marker), offset in zip(MODE_STYLES, (-0.04, 0.04), strict=True):
         places = np.arange(len(scores)) + offset
-        column = [pair[index] for pair in scores.values()]
+        column = [modes[mode] for modes in scores.values()]
         heights = np.array([score.accuracy for score in column])
         lows, highs = np.array([score.wilson for score in column]).T
         axes.errorbar(
@@ -156,13 +150,13 @@ def _plot_accuracy(axes: Axes, scores: dict[str, tuple[Score, Score]]) -> None:
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
-def _plot_weights(axes: Axes, receipts: Sequence[dict[str, Any]]) -> None:
+def _plot_weights(axes: Axes, receipts: Sequence[Receipt]) -> None:
     axes.set(title="Realised error of the weights", xlabel="layer", ylabel="SQNR (dB)")
     by_role: dict[str, dict[int, float]] = defaultdict(dict)
     for receipt in receipts:
-        layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{receipt['site']}.")
-        if layer and receipt["sqnr_db"] is not None:
-            by_role[receipt["role"]][int(layer[1])] = receipt["sqnr_db"]
+        layer = layer_of(receipt.site)
+        if layer is not None and receipt.sqnr_db is not None:
+            by_role[receipt.role][layer] = receipt.sqnr_db
     if not by_role:
         _say(axes, "no weight was cast")
         return
@@ -176,44 +170,18 @@ def _plot_weights(axes: Axes, receipts: Sequence[dict[str, Any]]) -> None:
             lw=1,
             label=role,
         )
-    requested = sorted({receipt["requested"] for receipt in receipts})
+    requested = sorted({receipt.requested for receipt in receipts})
     axes.set_title(f"Realised error of the weights ({', '.join(requested)})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
-def _scores(run: RunDirectory) -> dict[str, tuple[Score, Score]]:
-    """(clean, emulated) at the start, from the problems, and at the end, from the evaluation."""
-    scores: dict[str, tuple[Score, Score]] = {}
-    problems = [row for row in run.read_jsonl(PROBLEMS, ProblemRecord) if not row.split_is_final]
-    if problems:
-        first = min(row.step for row in problems)
-        right: dict[str, list[bool]] = {"clean": [], "emulated": []}
-        for row in problems:
-            if row.step == first:
-                right[row.mode].append(row.correct)
-        if all(right.values()):
-            clean, emulated = (Score.of(sum(rows), len(rows)) for rows in right.values())
-            scores[f"step {first}"] = (clean, emulated)
-    if (run.path / EVALUATION).exists():
-        final = run.read_json(EVALUATION, Evaluation)
-        scores[f"step {final.step}"] = (final.clean, final.emulated)
-    return scores
-
-
-def _weight_receipts(run: RunDirectory) -> list[dict[str, Any]]:
-    """The final receipts of the weights; none where the run has not ended."""
-    if not (run.path / FINAL_RECEIPTS).exists():
-        return []
-    return [row for row in run.load_json(FINAL_RECEIPTS) if row["stream"] == "weight"]
-
-
-def _numbers(values: Iterable[float | None]) -> np.ndarray:
+def numbers(values: Iterable[float | None]) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
 
 
-def _smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
+def smooth(values: np.ndarray, window: int = 5) -> np.ndarray:
     """Mean over the last `window` values, NaN left out."""
     rows = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
     return np.array([np.nan if np.isnan(row).all() else np.nanmean(row) for row in rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ def metrics_row(step: int, loss: float = 0.1) -> StepMetrics:
     )
 
 
-def weight_receipt(layer: int, role: str) -> dict[str, object]:
+def weight_receipt(layer: int, role: str) -> dict[str, Any]:
     """What casting one weight of a layer realised: 18.5 dB in layer 0, 0.1 more in each next."""
     return {
         "site": f"model.layers.{layer}.self_attn.{role}",
@@ -58,8 +59,12 @@ def weight_receipt(layer: int, role: str) -> dict[str, object]:
         "requested": "mxfp4",
         "calls": 1,
         "elements": 1024,
+        "measurable": 0,
         "changed": 0.9,
-        "realised_sigma": 0.11,
+        "requested_sigma": None,
+        "realised_sigma": None,
+        "requested_rate": None,
+        "realised_rate": None,
         "sqnr_db": 18.5 + 0.1 * layer,
         "saturated": 0.0,
         "nonfinite": 0,

@@ -11,8 +11,10 @@ import pytest
 from fake_runs import WriteRun, metrics_row, weight_receipt
 from matplotlib.figure import Figure
 
-from training.plot import PlotError, _plot_accuracy, _plot_sigma, _plot_weights, _scores, plot_run
+from aqnsim.receipts import Receipt
+from training.plot import PlotError, _plot_accuracy, _plot_sigma, _plot_weights, plot_run
 from training.records import EVALUATION, FINAL_RECEIPTS, METRICS, PROBLEMS
+from training.summary import RunSummary
 
 write_run = fake_runs.write_run
 
@@ -62,7 +64,7 @@ def test_sigma_panel_has_the_requested_and_the_realised_values() -> None:
 
 def test_weights_panel_has_one_line_for_each_role() -> None:
     axes = Figure().subplots()
-    _plot_weights(axes, [weight_receipt(i, role) for i in range(3) for role in ("a", "b")])
+    _plot_weights(axes, [Receipt(**weight_receipt(i, role)) for i in range(3) for role in ("a", "b")])
     lines = axes.get_lines()
     assert [line.get_label() for line in lines] == ["a", "b"]
     assert list(lines[0].get_ydata()) == pytest.approx([18.5, 18.6, 18.7])
@@ -71,10 +73,10 @@ def test_weights_panel_has_one_line_for_each_role() -> None:
 def test_scores_start_from_the_first_evaluation_and_end_with_the_final_one(
     write_run: WriteRun,
 ) -> None:
-    scores = _scores(write_run(correct=[True] * 10, steps=5))
-    assert list(scores) == ["step 0", "step 5"]
-    assert scores["step 0"][1].accuracy == 0.5
-    assert scores["step 5"][1].accuracy == 1.0
+    scores = RunSummary.read(write_run(correct=[True] * 10, steps=5).path).scores
+    assert list(scores) == [0, 5]
+    assert scores[0]["emulated"].accuracy == 0.5
+    assert scores[5]["emulated"].accuracy == 1.0
     axes = Figure().subplots()
     _plot_accuracy(axes, scores)
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["step 0", "step 5"]
