@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -104,11 +105,17 @@ def _plot_sigma(axes: Axes, metrics: Sequence[StepMetrics]) -> None:
         return
     axes.step(steps, requested, where="mid", color=GREY, lw=2, label="requested")
     axes.plot(steps, realised, "o", ms=4.5, mfc="none", mew=1.4, color=VERMILION, label="realised")
-    # Logarithmic, but with room for the zeros of the warm-up.
-    axes.set_yscale("symlog", linthresh=positive.min(), linscale=0.4)
-    axes.set_ylim(bottom=-0.15 * positive.min(), top=2 * positive.max())
+    sigma_scale(axes, positive.min(), positive.max())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
+
+
+def sigma_scale(axes: Axes, smallest: float, largest: float) -> None:
+    """A logarithmic axis for sigmas from the smallest to the largest, with room for the zeros of a warm-up."""
+    axes.set_yscale("symlog", linthresh=smallest, linscale=0.4)
+    axes.set_ylim(bottom=-0.15 * smallest, top=2 * largest)
+    decades = range(math.ceil(math.log10(smallest)), math.floor(math.log10(2 * largest)) + 1)
+    axes.set_yticks([0, *(10.0**power for power in decades)])
 
 
 def _plot_accuracy(axes: Axes, scores: dict[int, dict[Mode, Score]]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from training.plot import GREY, MARKERS, MODE_STYLES, PALETTE, VERMILION, numbers, smooth
+from training.plot import GREY, MARKERS, MODE_STYLES, PALETTE, VERMILION, numbers, sigma_scale, smooth
 from training.records import MODES
 from training.summary import ArmSummary, mean_interval
 
@@ -127,9 +127,8 @@ def schedules(arms: Sequence[ArmSummary]) -> str | None:
             realised = numbers(row.sigma_realised for row in run.metrics)
             label = "realised, each run" if i == 0 else None
             axes.plot([r.step for r in run.metrics], realised, "o", ms=4, mfc="none", color=VERMILION, label=label)
-        smallest = requested[requested > 0].min()
-        axes.set_yscale("symlog", linthresh=smallest, linscale=0.4)
-        axes.set(title=arm.label, xlabel="step", ylim=(-0.15 * smallest, 2 * np.nanmax(requested)))
+        axes.set(title=arm.label, xlabel="step")
+        sigma_scale(axes, requested[requested > 0].min(), np.nanmax(requested))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in grid[len(noisy) :]:
         axes.set_axis_off()
