@@ -169,6 +169,7 @@ class Arm:
             updates = self.experiment.algorithm.updates_per_step
             step = int(checkpoint.name.rpartition("-")[2]) // updates if checkpoint else None
             directory.resume(step)
+            self.recorder.replay()
             console.print(f"resuming from {checkpoint.name if checkpoint else 'the start'}")
         if checkpoint is None:
             self._evaluate(step=0, is_final=False)
@@ -329,6 +330,11 @@ class StepRecorder(TrainerCallback):
         if self.emulation.aqn is not None:
             self._requested = self.emulation.sigma
             self._realised = realised_aqn_sigma(self.emulation, self._receipts, state.global_step // self.updates)
+
+    def replay(self) -> None:
+        """Let the alarms know the steps of a run that is resumed; theirs are on record already."""
+        for row in self.directory.read_jsonl(METRICS, StepMetrics):
+            list(self.watch.look(row))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append the step to the run's records; called on rank 0.
