@@ -15,7 +15,7 @@ from fake_runs import WriteRun
 from typer.testing import CliRunner
 
 from training.__main__ import app
-from training.records import INVALID, Invalid
+from training.records import INVALID, Invalid, RobustnessPoint, Score
 from training.report import ReportError, content, write_report
 from training.rundir import RunDirectory, RunDirectoryError
 from training.summary import ArmSummary, arms, mean_interval, read_all
@@ -200,6 +200,21 @@ def test_a_decision_matrix_is_shown_as_it_is(write_run: WriteRun, tmp_path: Path
     broken.write_text("{")
     with pytest.raises(ReportError, match="expected the JSON that"):
         write_report([run.path], tmp_path / "x.html", broken)
+
+
+def test_robustness_is_drawn_where_it_was_evaluated(write_run: WriteRun, tmp_path: Path) -> None:
+    run = write_run()
+    assert 'id="robustness"' not in page_of([run.path], tmp_path / "without.html")
+    own = {"trained_under": "mxfp4-w4a16", "trained_fingerprint": "4d", "profile": "ideal", "fingerprint": "1d"}
+    found = {"sites": 14, "noisy_sites": 14, "requested": 0.05, "realised": 0.0501, "answers": "a", "logits": "b"}
+    for seed, correct in ((0, 20), (1, 24)):
+        point = RobustnessPoint(
+            adapters="abc", step=12, merged=False, evaluated_under="2e", noise=0.05, seed=seed, draws_anything=True,
+            score=Score.of(correct, 40), as_recorded=None, revision=None, **own, **found,
+        )  # fmt: skip
+        run.append_jsonl("robustness.jsonl", point, point)  # a point that is there twice counts once
+    text = plain(page_of([run.path], tmp_path / "with.html"))
+    assert "unmerged mxfp4-w4a16 ideal 2e 5 5.010 2 55.0" in text
 
 
 def test_claims_stand_beside_with_their_caveats(write_run: WriteRun, tmp_path: Path) -> None:
