@@ -122,11 +122,18 @@ def report_command(
     validation: Annotated[
         Path | None, typer.Option(help="What `validate` wrote; default: validate.json beside the runs.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG of the page's beginning to write, too; needs a Chromium.")
+    ] = None,
 ) -> None:
     """Report on runs: accuracy over seeds, schedules, receipts, differences of arms, alarms, caveats."""
     from training.report import write_report
 
     typer.echo(write_report(runs, out, validation))
+    if picture is not None:
+        from training.report.browser import open_page
+
+        typer.echo(open_page(out, picture, height=1900).picture)
 
 
 @app.command("robustness")
