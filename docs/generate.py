@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import archived
 import families
 import measurements
 import numerics
@@ -25,7 +26,14 @@ from aqnsim.cli.tables import backend_table, format_table, profile_table
 from aqnsim.profiles.texts import FIELD_MEANINGS, KIND_MEANINGS, fields_by_kind
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/semantics.md", "docs/coverage.md", "docs/profiles.md", "docs/performance.md")
+PAGES = (
+    "README.md",
+    "docs/semantics.md",
+    "docs/coverage.md",
+    "docs/profiles.md",
+    "docs/performance.md",
+    "docs/results.md",
+)
 
 _BLOCK = re.compile(r"(<!-- table: ([\w-]+)(?: \((.*?)\))? -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
@@ -75,6 +83,7 @@ TABLES: dict[str, Callable[[], Table]] = {
     "scales": numerics.scale_table,
     "ties": numerics.tie_table,
     "units": unit_table,
+    **archived.TABLES,
     **measurements.TABLES,
 }
 

@@ -292,11 +292,40 @@ def report_command(
     validation: Annotated[
         Path | None, typer.Option(help="What `validate` wrote; default: validate.json beside the runs.")
     ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG of the page's beginning to write, too; needs a Chromium.")
+    ] = None,
 ) -> None:
     """Report on runs: accuracy over seeds, schedules, receipts, differences of arms, alarms, caveats."""
     from training.report import write_report
 
     typer.echo(write_report(runs, out, validation))
+    if picture is not None:
+        from training.report.browser import open_page
+
+        typer.echo(open_page(out, picture, height=1900).picture)
+
+
+@app.command("robustness")
+def robustness_command(
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(help="Directories of finished runs, or checkpoints in runs.", metavar="RUN_OR_CHECKPOINT"),
+    ],
+    profiles: Annotated[
+        str, typer.Option(help="Comma-separated: clean, trained (what was trained with), names or files.")
+    ] = "clean,trained",
+    noise: Annotated[
+        str, typer.Option(help="Comma-separated sigmas of relative Gaussian noise on linear layers.")
+    ] = "0,0.01,0.02,0.03,0.04,0.05,0.06,0.07,0.08,0.09,0.1",
+    draws: Annotated[int, typer.Option(min=1, help="Draws of the noise, each with a seed of its own.")] = 5,
+    form: Annotated[str, typer.Option(help="Adapters: unmerged, merged (before the cast) or both.")] = "both",
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and picture; default: the first run.")] = None,
+) -> None:
+    """Evaluate adapters on other hardware and under noise; points that are done are not made again."""
+    from training.robustness import command
+
+    command(adapters, profiles.split(","), noise.split(","), draws, form, out)
 
 
 def _noise(aqn: dict[str, Any]) -> str:

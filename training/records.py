@@ -17,6 +17,7 @@ ALARMS = "alarms.jsonl"
 PREFLIGHT = "preflight.json"
 PROBLEM_COLUMNS = "problems.json"
 INVALID = "invalid.json"
+ROBUSTNESS = "robustness.jsonl"
 
 Mode = Literal["clean", "emulated"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -193,3 +194,40 @@ class Invalid(Record):
 
     reason: str
     since: str
+
+
+class RobustnessPoint(Record):
+    """One line of robustness.jsonl: adapters evaluated once, under a profile that the record names.
+
+    `profile` and `fingerprint` are of the hardware below the noise, `evaluated_under` is the fingerprint of both
+    together. `noise` is the sigma that was added to linear layers; `requested` and `realised` are what these layers'
+    receipts say of their whole miss, as root mean squares. `answers` and `logits` are SHA-256 (16 hex digits) of the
+    completions, and of the bits of the logits of the first prompts. `as_recorded` says whether the completions are
+    those of the run's own final evaluation; None where the point is another evaluation than that.
+    """
+
+    adapters: str
+    step: int
+    merged: bool
+    trained_under: str
+    trained_fingerprint: str
+    profile: str
+    fingerprint: str
+    evaluated_under: str
+    noise: float
+    seed: int
+    draws_anything: bool
+    score: Score
+    sites: int
+    noisy_sites: int
+    requested: float | None
+    realised: float | None
+    answers: str
+    logits: str
+    as_recorded: bool | None
+    revision: str | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a point is: two with one key are the same evaluation."""
+        return (self.adapters, self.merged, self.evaluated_under, self.seed, self.score.n)

@@ -22,10 +22,12 @@ from training.records import (
     METRICS,
     PROBLEM_COLUMNS,
     PROBLEMS,
+    ROBUSTNESS,
     Evaluation,
     Invalid,
     Mode,
     ProblemRecord,
+    RobustnessPoint,
     Score,
     StepMetrics,
 )
@@ -60,6 +62,11 @@ class RunSummary:
     def name(self) -> str:
         """The directory's name."""
         return self.directory.path.resolve().name
+
+    @property
+    def label(self) -> str:
+        """The experiment's id and the seed."""
+        return f"{self.directory.experiment.id}, seed {self.seed}"
 
     @property
     def seed(self) -> int:
@@ -120,6 +127,11 @@ class RunSummary:
             return []
         blank = dict.fromkeys(Receipt.__dataclass_fields__)
         return [Receipt(**{**blank, "measurable": 0, **row}) for row in self.directory.load_json(FINAL_RECEIPTS)]
+
+    @cached_property
+    def robustness(self) -> list[RobustnessPoint]:
+        """Evaluations on other hardware and under noise; none where there were none."""
+        return self.directory.read_jsonl(ROBUSTNESS, RobustnessPoint)
 
 
 @dataclass(frozen=True)

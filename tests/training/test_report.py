@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
-import browser
 import fake_runs
 import matplotlib.image
 import numpy as np
@@ -15,8 +15,9 @@ from fake_runs import WriteRun
 from typer.testing import CliRunner
 
 from training.__main__ import app
-from training.records import INVALID, Invalid
+from training.records import INVALID, Invalid, RobustnessPoint, Score
 from training.report import ReportError, content, write_report
+from training.report.browser import BrowserError, browser, open_page
 from training.rundir import RunDirectory, RunDirectoryError
 from training.summary import ArmSummary, arms, mean_interval, read_all
 
@@ -55,24 +56,48 @@ def plain(html: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", html).split())
 
 
+@pytest.fixture
+def needs_browser() -> None:
+    """Without a Chromium a test is skipped, or fails where AQNSIM_REQUIRE, a list with commas, names chromium."""
+    try:
+        browser()
+    except BrowserError as error:
+        if "chromium" in os.environ.get("AQNSIM_REQUIRE", "").split(","):
+            pytest.fail(f"AQNSIM_REQUIRE asks for chromium: {error}")
+        pytest.skip(str(error))
+
+
+@pytest.mark.usefixtures("needs_browser")
 def test_a_browser_renders_the_whole_page(write_run: WriteRun, tmp_path: Path) -> None:
     runs = three_seeds(write_run)
     out = tmp_path / "page" / "report.html"
     write_report([run.path for run in runs], out)
     assert out.stat().st_size < 5_000_000
-    light = browser.opened(out, tmp_path / "light.png")
-    assert light.errors == []
+    light = open_page(out, tmp_path / "light.png")
+    assert light.console == []
     for section in SECTIONS:
         assert f'<h2 id="{section}">' in light.dom
         assert f'<a href="#{section}">' in light.dom
     drawings = re.findall(r'<svg role="img" aria-label="([^"]+)"', light.dom)
     assert [words.split()[0] for words in drawings] == ["Held-out", "Learning", "Sigma"]
     assert "e12: clean 80.0 %, emulated 80.0 %" in drawings[0]
-    picture = matplotlib.image.imread(light.screenshot)
+    picture = matplotlib.image.imread(light.picture)
     assert picture.shape[:2] == (2400, 1400)
     assert np.ptp(picture[..., :3]) > 0.9
-    dark = matplotlib.image.imread(browser.opened(out, tmp_path / "dark.png", dark=True).screenshot)
+    dark = matplotlib.image.imread(open_page(out, tmp_path / "dark.png", dark=True).picture)
     assert picture[5, 5, 0] > 0.95 > 0.2 > dark[5, 5, 0]
+
+
+@pytest.mark.usefixtures("needs_browser")
+def test_what_a_page_says_to_the_console_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "bad.html").write_text('<script>console.error("broken")</script>')
+    assert "broken" in open_page(tmp_path / "bad.html", tmp_path / "bad.png").console[0]
+
+
+def test_without_a_browser_a_picture_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(BrowserError, match="apt-get install chromium-headless-shell"):
+        open_page(tmp_path / "x.html", tmp_path / "x.png")
 
 
 def test_the_page_loads_nothing_and_its_ids_are_unique(write_run: WriteRun, tmp_path: Path) -> None:
@@ -200,6 +225,21 @@ def test_a_decision_matrix_is_shown_as_it_is(write_run: WriteRun, tmp_path: Path
     broken.write_text("{")
     with pytest.raises(ReportError, match="expected the JSON that"):
         write_report([run.path], tmp_path / "x.html", broken)
+
+
+def test_robustness_is_drawn_where_it_was_evaluated(write_run: WriteRun, tmp_path: Path) -> None:
+    run = write_run()
+    assert 'id="robustness"' not in page_of([run.path], tmp_path / "without.html")
+    own = {"trained_under": "mxfp4-w4a16", "trained_fingerprint": "4d", "profile": "ideal", "fingerprint": "1d"}
+    found = {"sites": 14, "noisy_sites": 14, "requested": 0.05, "realised": 0.0501, "answers": "a", "logits": "b"}
+    for seed, correct in ((0, 20), (1, 24)):
+        point = RobustnessPoint(
+            adapters="abc", step=12, merged=False, evaluated_under="2e", noise=0.05, seed=seed, draws_anything=True,
+            score=Score.of(correct, 40), as_recorded=None, revision=None, **own, **found,
+        )  # fmt: skip
+        run.append_jsonl("robustness.jsonl", point, point)  # a point that is there twice counts once
+    text = plain(page_of([run.path], tmp_path / "with.html"))
+    assert "unmerged mxfp4-w4a16 ideal 2e 5 5.010 2 55.0" in text
 
 
 def test_claims_stand_beside_with_their_caveats(write_run: WriteRun, tmp_path: Path) -> None:

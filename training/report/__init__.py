@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from aqnsim._errors import AqnsimError
+from training import curves
 from training.plot import PALETTE
 from training.report import content, figures
 from training.rundir import replace
@@ -45,6 +46,7 @@ def write_report(paths: Sequence[Path], out: Path, validation: Path | None = Non
     runs = [run for arm in arms for run in arm.runs]
     maps = content.heat_maps(arms)
     same, differing = content.environment(runs)
+    points = {run.label: run.robustness for run in runs if run.robustness and not run.invalid}
     counted = [arm for arm in arms if arm.counted]
     page = _template().render(
         arms=arms,
@@ -66,9 +68,8 @@ def write_report(paths: Sequence[Path], out: Path, validation: Path | None = Non
         differing=differing,
         caveats=content.caveats(arms),
         published=[(arm.label, arm.runs[0].directory.experiment.published) for arm in arms],
-        robustness=[
-            (arm.label, run, rows) for arm in arms for run in arm.runs if (rows := content.robustness_rows(run))
-        ],
+        robustness=figures.robustness(points) if points else None,
+        robustness_rows=curves.rows(points),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     replace(out, page.encode())

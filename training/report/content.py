@@ -16,7 +16,7 @@ from training.config import Difference
 from training.records import MODES, Resume, Score
 from training.report.figures import colour_of
 from training.rundir import RESUMES
-from training.summary import ArmSummary, RunSummary, json_or_none, mean_interval
+from training.summary import ArmSummary, RunSummary, mean_interval
 
 ALARMS = "alarms.jsonl"
 PREFERRED_PHASES = ("attach", "rollout", "train", "eval", "reference")
@@ -343,8 +343,3 @@ def caveats(arms: Sequence[ArmSummary]) -> list[str]:
     if any(arm.runs[0].directory.experiment.preset == "smoke" for arm in arms):
         found.append("The preset smoke shows that the machinery works; it says nothing about the question.")
     return found
-
-
-def robustness_rows(run: RunSummary) -> Any:
-    """The table of a run's robustness curves, as `robustness.json` has it; None where there is none."""
-    return json_or_none(run, "robustness.json")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -16,8 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from training import curves
 from training.plot import GREY, MARKERS, MODE_STYLES, PALETTE, VERMILION, numbers, sigma_scale, smooth
-from training.records import MODES
+from training.records import MODES, RobustnessPoint
 from training.summary import ArmSummary, mean_interval
 
 INK = "#1A1A1B"
@@ -136,6 +137,14 @@ def schedules(arms: Sequence[ArmSummary]) -> str | None:
         axes.set_ylabel("sigma")
     figure.legend(*grid[0].get_legend_handles_labels(), ncols=2, loc="outside lower center")
     return svg(figure, "schedule", f"Sigma over steps, requested and realised, for {len(noisy)} arms.")
+
+
+@mpl.rc_context(_STYLE)
+def robustness(points: Mapping[str, Sequence[RobustnessPoint]]) -> str:
+    """Accuracy over noise, for each adapter and each profile that it was evaluated under."""
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    curves.draw(figure, points)
+    return svg(figure, "robustness", f"Accuracy over noise of {len(points)} runs; the table below has the numbers.")
 
 
 def svg(figure: Figure, name: str, words: str) -> str:
