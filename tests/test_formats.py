@@ -694,4 +694,4 @@ def test_the_package_adds_less_than_300_ms_to_torch() -> None:
         "import time, torch; t = time.process_time(); import aqnsim; aqnsim.cast; aqnsim.emulate;"
         "print(time.process_time() - t)"
     )
-    assert min(float(run(code)) for _ in range(2)) < 0.3
+    assert min(float(run(code)) for _ in range(5)) < 0.3  # the least: other work on the machine makes it longer
